@@ -1,0 +1,31 @@
+"""Ladder, 30M: C4, 20 tokens per parameter (0.6 billion).
+
+Trunk 17.7M parameters, input embedding 12.6M, codebook 0.1M (a full output layer: 12.6M).
+"""
+
+from vqcx_jax.config import schema
+
+
+def get_config() -> schema.Config:
+    """Everything that is not named here has the schema's default."""
+    return schema.Config(
+        model=schema.Model(
+            embed_dim=384,
+            num_layers=10,
+            num_heads=6,
+            num_kv_heads=6,
+            head_dim=64,
+            mlp_dim=1024,
+            attention=schema.ComplexAttention(),
+            head=schema.VQHead(num_codes=384, assignment="frequency"),
+            dtype="bfloat16",
+        ),
+        data=schema.Data(
+            dataset=schema.TFDS(name="c4/en"),
+            tokenizer=schema.BPETokenizer(vocab_size=32_768, train_documents=100_000),
+            seq_len=1024,
+            batch_size=64,
+        ),
+        optimizer=schema.Optimizer(learning_rate=2e-3, schedule="wsd", warmup_steps=500),
+        train=schema.Training(steps=9500, eval_every=500, checkpoint_every=500),
+    )

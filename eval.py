@@ -1,0 +1,54 @@
+"""Evaluates a checkpoint: python eval.py --checkpoint=DIR --task=perplexity|generate."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from vqcx_jax import cli
+from vqcx_jax.config.schema import NonNegative, NonNegativeFloat, Positive
+from vqcx_jax.evaluation import TrainedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Evaluates a checkpoint. It brings its own configuration and tokenizer."""
+
+    checkpoint: Annotated[str, "directory of a run, or of one of its checkpoints"]
+    step: Annotated[NonNegative | None, "which checkpoint; none: the newest"] = None
+    task: Annotated[Literal["perplexity", "generate"], "what to do"] = "perplexity"
+    split: Annotated[Literal["train", "validation", "test"], "perplexity: of which text"] = (
+        "validation"
+    )
+    num_documents: Annotated[Positive | None, "perplexity: of the first so many; none: all"] = None
+    cache_dir: Annotated[str | None, "perplexity: prepared corpora; none: as in training"] = None
+    prompt: Annotated[str, "generate: text to continue"] = ""
+    max_tokens: Annotated[Positive, "generate: at most so many tokens"] = 128
+    temperature: Annotated[NonNegativeFloat, "generate: 0: most probable token"] = 0.8
+    seed: Annotated[NonNegative, "generate: same seed, same text"] = 0
+
+
+def main() -> None:
+    flags, _ = cli.parse_args(Flags, sys.argv[1:])
+    model = TrainedModel.load(Path(flags.checkpoint), flags.step)
+    if flags.task == "generate":
+        text = model.generate(
+            flags.prompt,
+            max_tokens=flags.max_tokens,
+            seed=flags.seed,
+            temperature=flags.temperature,
+        )
+        print(flags.prompt + text)
+        return
+    result = model.perplexity(
+        flags.split, cache_dir=flags.cache_dir, num_documents=flags.num_documents
+    )
+    loss, units = result.loss, result.units
+    print(f"step {model.step}, {flags.split}: {units.documents:,} documents")
+    print(f"perplexity per token  {loss.perplexity:.4f}  ({loss.tokens:,} tokens)")
+    print(f"perplexity per word   {loss.word_perplexity(units.words):.4f}  ({units.words:,} words)")
+    print(f"bits per byte         {loss.bits_per_byte(units.bytes):.4f}  ({units.bytes:,} bytes)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,94 @@
+"""Reading checkpoints. One Orbax step directory holds all that a run needs to go on.
+
+model      parameters and buffers (the token map among them)
+optimizer  optimizer state and step
+data       position of the data iterator, one file a process
+run        JSON: the resolved config, the tokenizer, the corpus
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from vqcx_jax.errors import CheckpointError
+from vqcx_jax.nn.functional import Tree
+
+
+def orbax_context() -> ocp.Context:
+    """How every checkpoint here is read and written: "run" as a JSON file."""
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+def locate(path: Path, step: int | None = None) -> tuple[Path, int]:
+    """The checkpoint that a user means: the directory of all steps, and the step.
+
+    Args:
+        path: a run's workdir, its checkpoints directory, or one step's directory.
+        step: None for the newest (or for the one that `path` names).
+
+    Raises:
+        CheckpointError: no checkpoint there, or not that one.
+    """
+    path = path.absolute()
+    if step is None and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
+        return path.parent, int(path.name)
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted(
+        int(entry.name)
+        for entry in (directory.iterdir() if directory.is_dir() else ())
+        if entry.name.isdigit() and ocp.is_orbax_checkpoint(entry)
+    )
+    if not steps:
+        raise CheckpointError(f"checkpoint={str(path)!r}: no checkpoint found there")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"step={step}: {str(directory)!r} has the steps {steps}")
+    return directory, steps[-1] if step is None else step
+
+
+def load_run(directory: Path, step: int) -> dict[str, Any]:
+    """The JSON of a checkpoint: its resolved config and tokenizer."""
+    with orbax_context():
+        return ocp.load_checkpointables(directory / str(step), {"run": None})["run"]
+
+
+def load_model(directory: Path, step: int, model: Tree) -> Tree:
+    """Parameters and buffers alone, laid out as the abstract {"params", "buffers"} `model`.
+
+    Raises:
+        CheckpointError: weights of another architecture; names every one of them.
+    """
+    path = directory / str(step)
+    check_architecture(path, model)
+    with orbax_context():
+        return ocp.load_checkpointables(path, {"model": model})["model"]
+
+
+def check_architecture(path: Path, model: Tree) -> None:
+    """Raises CheckpointError naming every weight that differs between a checkpoint and `model`."""
+    with orbax_context():
+        saved = _shapes(ocp.metadata(path, checkpointable_name="model").metadata)
+    wanted = _shapes(model)
+    problems = [
+        f"{name}: {saved.get(name, 'none')} in the checkpoint, {wanted.get(name, 'none')} "
+        "in the model"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} is of another architecture: {'; '.join(problems)}"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{x.shape}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }

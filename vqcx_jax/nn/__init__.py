@@ -1,0 +1,21 @@
+"""Thin NNX modules over `vqcx_jax.ops`. They are plain pytrees: jax.jit and jax.grad take them."""
+
+from vqcx_jax.nn.attention import Attention, KVCache
+from vqcx_jax.nn.heads import FullHead, Head, VQHead
+from vqcx_jax.nn.layers import MLP, Embedding, RMSNorm
+from vqcx_jax.nn.transformer import Transformer
+from vqcx_jax.nn.variables import Buffer, Param
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Buffer",
+    "Embedding",
+    "FullHead",
+    "Head",
+    "KVCache",
+    "Param",
+    "RMSNorm",
+    "Transformer",
+    "VQHead",
+]

@@ -1,0 +1,192 @@
+"""ComplexFormer: a decoder-only, pre-norm transformer with exchangeable attention and head."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config import schema
+from vqcx_jax.nn.attention import Attention, KVCache, Rotary
+from vqcx_jax.nn.heads import FullHead, Head, VQHead
+from vqcx_jax.nn.layers import HIDDEN, MLP, Embedding, RMSNorm
+from vqcx_jax.ops.attention import rope_frequencies, rotary_table
+from vqcx_jax.sharding import constrain
+
+_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: schema.Model, *, rules: schema.ShardingRules, rngs: nnx.Rngs):
+        dim, dtype = config.embed_dim, jnp.dtype(config.dtype)
+        self.attention_norm = RMSNorm(dim, epsilon=config.norm_epsilon, rules=rules)
+        self.attention = Attention(
+            dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            attention=config.attention,
+            num_layers=config.num_layers,
+            dtype=dtype,
+            rules=rules,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(dim, epsilon=config.norm_epsilon, rules=rules)
+        self.mlp = MLP(
+            dim, config.mlp_dim, num_layers=config.num_layers, dtype=dtype, rules=rules, rngs=rngs
+        )
+        self.rules = rules
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rotary: Rotary,
+        segment_ids_BxT: jax.Array,
+        cache: KVCache | None = None,
+        cache_length: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache]:
+        """See `Attention.__call__`."""
+        y_BxTxD, cache = self.attention(
+            self.attention_norm(x_BxTxD), rotary, segment_ids_BxT, cache, cache_length
+        )
+        x_BxTxD = x_BxTxD + y_BxTxD
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states (`hidden`), and a head that turns those into losses or logits.
+
+    Args:
+        config: shapes; `vocab_size` must be set.
+        assignment: int (V,) for a VQ head, see `vqcx_jax.assignment`; None for a full head.
+        codes: float32 (K, D) that a VQ head starts from, or None.
+        rules: how logical axes are sharded when a mesh is set.
+        rngs: a `params` stream.
+    """
+
+    def __init__(
+        self,
+        config: schema.Model,
+        *,
+        assignment: jax.Array | None = None,
+        codes: jax.Array | None = None,
+        rules: schema.ShardingRules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        rules = rules or schema.ShardingRules()
+        dtype = jnp.dtype(config.dtype)
+        self.embedding = Embedding(
+            config.known_vocab_size(), config.embed_dim, dtype=dtype, rules=rules, rngs=rngs
+        )
+        # One Block whose arrays have a leading layer axis: the layers are scanned, so that
+        # compile time does not grow with depth.
+        self.blocks = jax.vmap(lambda key: Block(config, rules=rules, rngs=nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), config.num_layers)
+        )
+        self.final_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, rules=rules)
+        self.head: Head = _make_head(config, assignment, codes, rules, rngs)
+        self.config = config
+        self.rules = rules
+
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final hidden states, for `self.head`.
+
+        Args:
+            tokens_BxT: int, values in [0, V).
+            segment_ids_BxT: int, which packed document a token belongs to; None: one a row.
+            positions_BxT: int, position within the document; None: 0 .. T-1.
+
+        Returns:
+            (B, T, D) in the compute dtype.
+        """
+        if segment_ids_BxT is None:
+            segment_ids_BxT = jnp.zeros_like(tokens_BxT)
+        if positions_BxT is None:
+            positions_BxT = jnp.zeros_like(tokens_BxT) + jnp.arange(tokens_BxT.shape[1])
+        rotary = self._rotary(positions_BxT)
+
+        def layer(x_BxTxD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            x_BxTxD, _ = block(x_BxTxD, rotary, segment_ids_BxT)
+            return constrain(x_BxTxD, HIDDEN, self.rules), None
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.config.remat])
+        x_BxTxD, _ = jax.lax.scan(layer, self.embedding(tokens_BxT), self.blocks)
+        return self.final_norm(x_BxTxD)
+
+    def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """A KV cache for `extend`: all layers stacked, room for max_length positions."""
+        config = self.config
+        shape = (batch_size, max_length, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.dtype))
+        zeros = constrain(zeros, (None, "batch", None, "kv_heads", None), self.rules)
+        return KVCache(zeros, zeros)
+
+    def extend(
+        self, tokens_BxT: jax.Array, cache: KVCache, cache_length: jax.Array | int
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states of T more tokens of B sequences whose first cache_length are cached.
+
+        Equal to the last T columns of `hidden` over the whole sequences. Used for prefill (T =
+        prompt length, an empty cache) and for decoding (T = 1).
+
+        Returns:
+            (B, T, D) and the cache with the T tokens added.
+        """
+        positions = jnp.zeros_like(tokens_BxT) + cache_length + jnp.arange(tokens_BxT.shape[1])
+        rotary = self._rotary(positions)
+        segment_ids = jnp.zeros_like(tokens_BxT)
+
+        def layer(
+            x_BxTxD: jax.Array, block_and_cache: tuple[Block, KVCache]
+        ) -> tuple[jax.Array, KVCache]:
+            block, layer_cache = block_and_cache
+            return block(x_BxTxD, rotary, segment_ids, layer_cache, cache_length)
+
+        x_BxTxD, cache = jax.lax.scan(layer, self.embedding(tokens_BxT), (self.blocks, cache))
+        return self.final_norm(x_BxTxD), cache
+
+    def _rotary(self, positions_BxT: jax.Array) -> Rotary:
+        config = self.config
+        frequencies = rope_frequencies(config.head_dim, config.attention.rope_base)
+        return Rotary(*rotary_table(positions_BxT, frequencies))
+
+
+def _make_head(
+    config: schema.Model,
+    assignment: jax.Array | None,
+    codes: jax.Array | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    head, dim, dtype = config.head, config.embed_dim, jnp.dtype(config.dtype)
+    vocab_size = config.known_vocab_size()
+    if isinstance(head, schema.FullHead):
+        return FullHead(
+            vocab_size, dim, token_bias=head.token_bias, dtype=dtype, rules=rules, rngs=rngs
+        )
+    if assignment is None or assignment.shape != (vocab_size,):
+        shape = None if assignment is None else assignment.shape
+        raise ValueError(
+            f"assignment of shape {shape}: a VQ head needs one code a token, ({vocab_size},)"
+        )
+    return VQHead(
+        assignment,
+        head.num_codes,
+        dim,
+        token_bias=head.token_bias,
+        codes=codes,
+        dtype=dtype,
+        rules=rules,
+        rngs=rngs,
+    )

@@ -1,0 +1,85 @@
+"""VQ-Logits without V-sized activations: tokens of one code share a logit, so sums close.
+
+With l = codes . h and z_v = l[assignment[v]] + bias[v],
+    log Z = logsumexp_v z_v = logsumexp_k (l_k + s_k),   s_k = logsumexp_{v: assignment[v]=k} bias_v
+(s_k = log n_k without a bias, n_k the tokens of code k). K numbers per position replace V.
+Everything here is float32 from the code logits on, whatever the dtype of h and codes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def code_logits(h: jax.Array, codes: jax.Array) -> jax.Array:
+    """l_k = codes[k] . h, accumulated in float32.
+
+    Args:
+        h: (..., D). codes: (K, D) of the same dtype.
+
+    Returns:
+        float32 (..., K).
+    """
+    return jnp.einsum("...d,kd->...k", h, codes, preferred_element_type=jnp.float32)
+
+
+def code_log_mass(
+    assignment: jax.Array, num_codes: int, bias: jax.Array | None = None
+) -> jax.Array:
+    """s_k, the log of the summed exp(bias) of code k's tokens; -inf for a code without tokens.
+
+    Args:
+        assignment: int (V,), values in [0, num_codes).
+        bias: (V,) or None for zero.
+
+    Returns:
+        float32 (num_codes,).
+    """
+    if bias is None:
+        bias = jnp.zeros(assignment.shape, jnp.float32)
+    bias = bias.astype(jnp.float32)
+    # Subtracting each code's own maximum keeps exp() in range; it is a constant for the gradient.
+    peak = jax.lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_codes))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    mass = jax.ops.segment_sum(jnp.exp(bias - peak[assignment]), assignment, num_codes)
+    occupied = mass > 0
+    return jnp.where(occupied, jnp.log(jnp.where(occupied, mass, 1.0)) + peak, -jnp.inf)
+
+
+def nll(
+    h: jax.Array,
+    codes: jax.Array,
+    assignment: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target | h) and log Z, equal to `reference.nll`, in O(K) per position.
+
+    Args:
+        h: (..., D). codes: (K, D). assignment: int (V,), values in [0, K).
+        targets: int (...), values in [0, V).
+        bias: (V,) or None.
+
+    Returns:
+        nll, log_z: float32 (...).
+    """
+    num_codes = codes.shape[0]
+    l = code_logits(h, codes)
+    log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
+    # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
+    is_target = jnp.arange(num_codes) == assignment[targets][..., None]
+    target_logit = jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
+    if bias is not None:
+        target_logit = target_logit + bias.astype(jnp.float32)[targets]
+    return log_z - target_logit, log_z
+
+
+def logits(
+    h: jax.Array, codes: jax.Array, assignment: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """V logits: K code logits scattered to the vocabulary. For when somebody asks for them.
+
+    Returns:
+        float32 (..., V).
+    """
+    z = code_logits(h, codes)[..., assignment]
+    return z if bias is None else z + bias.astype(jnp.float32)

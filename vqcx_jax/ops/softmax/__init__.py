@@ -1,0 +1,5 @@
+"""The full output layer: V rows, V logits. The baseline of every other head."""
+
+from vqcx_jax.ops.softmax.full import logits, nll
+
+__all__ = ["logits", "nll"]

@@ -1,0 +1,35 @@
+"""Full softmax, plainly: the logits are kept."""
+
+import jax
+import jax.numpy as jnp
+
+
+def logits(h: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """z_v = weights[v] . h + bias[v], accumulated in float32.
+
+    Args:
+        h: (..., D). weights: (V, D) of the same dtype. bias: (V,) or None.
+
+    Returns:
+        float32 (..., V).
+    """
+    z = jnp.einsum("...d,vd->...v", h, weights, preferred_element_type=jnp.float32)
+    return z if bias is None else z + bias.astype(jnp.float32)
+
+
+def nll(
+    h: jax.Array, weights: jax.Array, targets: jax.Array, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """-log softmax(z)[target] and log Z = logsumexp_v z_v.
+
+    Args:
+        h: (..., D). weights: (V, D). targets: int (...), values in [0, V). bias: (V,) or None.
+
+    Returns:
+        nll, log_z: float32 (...).
+    """
+    z = logits(h, weights, bias)
+    log_z = jax.nn.logsumexp(z, axis=-1)
+    # A masked sum instead of a gather: V may be sharded, and no device then holds every row.
+    is_target = jnp.arange(weights.shape[0]) == targets[..., None]
+    return log_z - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1), log_z

@@ -1,0 +1,112 @@
+"""One place that turns logical axes ("batch", "embed", "heads"...) into shardings.
+
+`ShardingRules` (in the config) says which mesh axes each logical axis is sharded over. Weights
+carry the names of their logical axes; activations are named where they are made. The same code
+runs without a mesh, on a mesh with Auto axes and on one with Explicit axes: the helpers here
+are the only functions that know the difference.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vqcx_jax.config.schema import ShardingRules
+
+LogicalAxes = tuple[str | None, ...]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    shape: Mapping[Any, int],
+    axis_type: str = "explicit",
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with axes data, fsdp and tensor.
+
+    Args:
+        shape: devices along each axis; the product is the number of devices.
+        axis_type: "explicit" or "auto".
+        devices: default all of them.
+    """
+    kind = AxisType.Explicit if axis_type == "explicit" else AxisType.Auto
+    sizes = tuple(shape[axis] for axis in MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(kind,) * len(sizes), devices=devices)
+
+
+def partition_spec(axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
+    """The mesh axes of each array dimension; None (or no rule) leaves a dimension whole."""
+    entries: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        mesh_axes: tuple[str, ...] = () if axis is None else getattr(rules, axis)
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, axes: LogicalAxes, rules: ShardingRules) -> NamedSharding:
+    """The sharding of an array whose dimensions are `axes`."""
+    return NamedSharding(mesh, partition_spec(axes, rules))
+
+
+def _current_axis_type() -> AxisType | None:
+    """Explicit or Auto, as the current mesh has it; None without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    return AxisType.Explicit if AxisType.Explicit in mesh.axis_types else AxisType.Auto
+
+
+def constrain(x: jax.Array, axes: LogicalAxes, rules: ShardingRules) -> jax.Array:
+    """Lays x out along `axes`. On a weight this is the all-gather of FSDP, and its transpose."""
+    axis_type = _current_axis_type()
+    if axis_type is None:
+        return x
+    spec = partition_spec(axes, rules)
+    if axis_type is AxisType.Explicit:
+        return jax.sharding.reshard(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def einsum(
+    subscripts: str, x: jax.Array, w: jax.Array, out_axes: LogicalAxes, rules: ShardingRules
+) -> jax.Array:
+    """jnp.einsum whose result is laid out along `out_axes`, though a contracted axis is sharded."""
+    if _current_axis_type() is AxisType.Explicit:
+        spec = partition_spec(out_axes, rules)
+        return jnp.einsum(subscripts, x, w, out_sharding=spec)
+    return constrain(jnp.einsum(subscripts, x, w), out_axes, rules)
+
+
+def take_rows(
+    table: jax.Array, index: jax.Array, out_axes: LogicalAxes, rules: ShardingRules
+) -> jax.Array:
+    """table[index] whose result is laid out along `out_axes`, though rows are sharded."""
+    if _current_axis_type() is AxisType.Explicit:
+        return table.at[index].get(out_sharding=partition_spec(out_axes, rules))
+    return constrain(table[index], out_axes, rules)
+
+
+def per_device(
+    function: Callable[..., Any],
+    in_axes: Sequence[LogicalAxes],
+    out_axes: Sequence[LogicalAxes],
+    rules: ShardingRules,
+) -> Callable[..., Any]:
+    """Runs `function` on each device's own block of its arguments (plainly, without a mesh).
+
+    For functions that are independent along every sharded axis, such as attention over batch and
+    heads. This is also the form in which hand-written kernels must be called.
+
+    Args:
+        function: takes one array for each of `in_axes`, returns a tuple of as many as `out_axes`.
+    """
+    if _current_axis_type() is None:
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=tuple(partition_spec(axes, rules) for axes in in_axes),
+        out_specs=tuple(partition_spec(axes, rules) for axes in out_axes),
+    )

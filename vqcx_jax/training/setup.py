@@ -1,0 +1,122 @@
+"""Everything a run settles before its first step: text, tokenizer, sizes, token map."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqcx_jax import data
+from vqcx_jax.assignment import Assignment, make_assignment
+from vqcx_jax.checkpoint import check_architecture, load_run
+from vqcx_jax.config import from_json, schema, to_json, validate
+from vqcx_jax.data import Corpus, Tokenizer
+from vqcx_jax.errors import CheckpointError
+from vqcx_jax.nn import functional
+from vqcx_jax.nn.build import abstract_model
+
+# What may differ between a run and the checkpoint it goes on from, besides the sections
+# `optimizer`, `train`, `mesh` and `sharding`: where things lie, not what they are.
+_MAY_DIFFER = {
+    "data.cache_dir",
+    "data.prefetch",
+    "data.dataset.path",
+    "data.dataset.validation_path",
+    "data.tokenizer.path",
+    "model.dtype",
+    "model.head.vectors",
+    "model.remat",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run ready to start. config.model.vocab_size is set."""
+
+    config: schema.Config
+    corpus: Corpus
+    tokenizer: Tokenizer
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint stores beside the arrays."""
+        return {
+            "config": to_json(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+            "corpus": {"name": self.corpus.name, "fingerprint": self.corpus.fingerprint},
+        }
+
+
+def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -> Setup:
+    """Opens the corpus, makes the tokenizer (or takes the checkpoint's) and resolves the config.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture (names every weight that
+            differs), or the run would have other text, tokens or batches.
+    """
+    cache_dir = data.cache_directory(config.data.cache_dir)
+    corpus = data.open_corpus(config.data.dataset, cache_dir)
+    if resume_step is None:
+        tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
+        return Setup(_resolve(config, tokenizer), corpus, tokenizer)
+    run = load_run(checkpoints, resume_step)
+    tokenizer = data.tokenizer_from_json(run["tokenizer"])
+    setup = Setup(_resolve(config, tokenizer), corpus, tokenizer)
+    _, params, buffers = functional.split(abstract_model(setup.config))
+    path = checkpoints / str(resume_step)
+    check_architecture(path, {"params": params, "buffers": buffers})
+    _check_same_run(setup, run, path)
+    return setup
+
+
+def token_map(setup: Setup) -> Assignment | None:
+    """The token map of a new run with a VQ head; None for other heads."""
+    config = setup.config
+    head, vocab_size = config.model.head, config.model.known_vocab_size()
+    if not isinstance(head, schema.VQHead):
+        return None
+    counts = None
+    if head.assignment == "frequency":
+        counts = data.cached_token_counts(
+            setup.tokenizer,
+            setup.corpus,
+            data.cache_directory(config.data.cache_dir),
+            config.data.count_documents,
+        )
+        counts = np.pad(counts, (0, max(0, vocab_size - len(counts))))[:vocab_size]
+    return make_assignment(
+        head,
+        vocab_size=vocab_size,
+        embed_dim=config.model.embed_dim,
+        counts=counts,
+        seed=config.train.seed,
+    )
+
+
+def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:
+    if config.model.vocab_size is None:
+        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    return validate(config, jax.device_count())
+
+
+def _check_same_run(setup: Setup, run: dict[str, Any], path: Path) -> None:
+    saved, wanted = _flat(to_json(from_json(run["config"]))), _flat(to_json(setup.config))
+    saved["corpus"], wanted["corpus"] = run["corpus"]["fingerprint"], setup.corpus.fingerprint
+    for name in sorted(saved.keys() | wanted.keys()):
+        fixed = name.startswith(("data.", "model.", "corpus")) and name not in _MAY_DIFFER
+        if fixed and saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{name}={wanted.get(name)!r}: the checkpoint {str(path)!r} was made with "
+                f"{saved.get(name)!r}; use that value, or another --workdir"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

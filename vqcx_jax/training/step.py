@@ -1,0 +1,55 @@
+"""One optimizer step: loss, gradients over microbatches, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from vqcx_jax.nn.loss import Batch, summed_nll
+from vqcx_jax.training.state import TrainState
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    z_loss: float,
+    shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted (state, batch) -> (state, metrics); the old state's memory is reused.
+
+    The batch has a leading microbatch axis: (A, B/A, T). Gradients are of the loss summed over
+    all A, divided once by the number of tokens, so A changes memory and not the result.
+
+    Metrics, float32 (): loss (mean nll per token, nats), grad_norm (before clipping),
+    learning_rate, tokens.
+    """
+    gradient = jax.grad(summed_nll, argnums=1, has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def accumulate(carry: Any, microbatch: Batch) -> tuple[Any, None]:
+            grads, (nll, tokens) = gradient(
+                graphdef, state.params, state.buffers, microbatch, z_loss
+            )
+            return jax.tree.map(jnp.add, carry, (grads, nll, tokens)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), zero, zero)
+        (grads, nll, tokens), _ = jax.lax.scan(accumulate, zeros, batch)
+        tokens = jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": nll / tokens,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": tokens,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, state.buffers, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
