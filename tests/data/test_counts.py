@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from vqcx_jax.data.corpora import Corpus, Document
+from vqcx_jax.data.counts import Units, cached_token_counts, count_units, token_counts
+from vqcx_jax.data.tokenizers.byte import ByteTokenizer
+
+
+@pytest.fixture
+def source():
+    return [Document(text=text, name="") for text in ("aab", " \n", "é b")]
+
+
+def test_token_counts_are_the_targets(source):
+    expected = np.zeros(257, np.int64)
+    for value in b"aab" + "é b".encode():
+        expected[value] += 1
+    expected[256] = 2
+    counts = token_counts(ByteTokenizer(), source)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts.dtype == np.int64
+
+
+def test_limit_is_of_documents_in_the_source(source):
+    assert token_counts(ByteTokenizer(), source, 2)[256] == 1
+
+
+def test_units(source):
+    assert count_units(source) == Units(documents=2, words=3, bytes=7)
+    assert count_units(source, 2) == Units(documents=1, words=1, bytes=3)
+
+
+def test_counts_are_kept(tmp_path, source):
+    tokenizer = ByteTokenizer()
+    first = cached_token_counts(tokenizer, Corpus("c", "one", {"train": source}), tmp_path)
+    np.testing.assert_array_equal(first, token_counts(tokenizer, source))
+    # The stored counts are used: this corpus has the same fingerprint but no text.
+    again = cached_token_counts(tokenizer, Corpus("c", "one", {"train": []}), tmp_path)
+    np.testing.assert_array_equal(again, first)
+    assert again.dtype == np.int64
+    assert cached_token_counts(tokenizer, Corpus("c", "two", {"train": []}), tmp_path).sum() == 0

@@ -1,0 +1,34 @@
+"""Where documents come from."""
+
+from pathlib import Path
+
+from vqcx_jax.config import schema
+from vqcx_jax.data.corpora import python_stdlib, text_files, wikitext
+from vqcx_jax.data.corpora.base import Corpus, Document, Source, is_blank
+from vqcx_jax.data.corpora.prepare import prepare
+from vqcx_jax.data.corpora.tfds_dataset import open_tfds
+
+__all__ = ["Corpus", "Document", "Source", "is_blank", "open_corpus"]
+
+
+def open_corpus(dataset: schema.Dataset, cache_dir: Path) -> Corpus:
+    """Opens a dataset, preparing it under `cache_dir` the first time.
+
+    Example:
+        >>> corpus = open_corpus(schema.PythonStdlib(), Path("/tmp/cache"))
+        >>> corpus.split("train")[0]["name"]  # doctest: +SKIP
+        'asyncio/queues.py'
+
+    Raises:
+        DataError: the text is missing, unreadable or empty.
+    """
+    match dataset:
+        case schema.PythonStdlib():
+            recipe = python_stdlib.recipe()
+        case schema.TextFiles():
+            recipe = text_files.recipe(dataset)
+        case schema.WikiText():
+            recipe = wikitext.recipe(dataset, cache_dir / "downloads")
+        case schema.TFDS():
+            return open_tfds(dataset)
+    return prepare(recipe, cache_dir / "corpora")

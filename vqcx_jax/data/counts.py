@@ -1,0 +1,70 @@
+"""Statistics of documents: how often each token occurs, how many words and bytes there are."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vqcx_jax.data.cache import cached_json, content_key
+from vqcx_jax.data.corpora import Corpus, Document, Source, is_blank
+from vqcx_jax.data.tokenizers import Tokenizer
+
+
+class Units(NamedTuple):
+    """Sizes by which losses are compared across tokenizers."""
+
+    documents: int
+    words: int
+    bytes: int
+
+
+def count_units(source: Source, num_documents: int | None = None) -> Units:
+    """Counts the documents that `evaluation_dataset` scores, their words and UTF-8 bytes.
+
+    Args:
+        source: the documents.
+        num_documents: take only the first so many of the source.
+    """
+    documents = words = num_bytes = 0
+    for document in _scored(source, num_documents):
+        documents += 1
+        words += len(document["text"].split())
+        num_bytes += len(document["text"].encode())
+    return Units(documents, words, num_bytes)
+
+
+def token_counts(tokenizer: Tokenizer, source: Source, limit: int | None = None) -> np.ndarray:
+    """Counts the targets of training: every token, and one end per document.
+
+    Args:
+        tokenizer: gives the tokens.
+        source: the documents.
+        limit: take only the first so many. None: all.
+
+    Returns:
+        int64[vocab_size].
+    """
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for document in _scored(source, limit):
+        counts += np.bincount(tokenizer.encode(document["text"]), minlength=len(counts))
+        counts[tokenizer.eos_id] += 1
+    return counts
+
+
+def cached_token_counts(
+    tokenizer: Tokenizer, corpus: Corpus, cache_dir: Path, limit: int | None = None
+) -> np.ndarray:
+    """Returns `token_counts` of the training split, kept under `cache_dir`."""
+    key = content_key([corpus.fingerprint, tokenizer.to_json(), limit])
+    counts = cached_json(
+        cache_dir / "token_counts" / f"{key}.json",
+        lambda: token_counts(tokenizer, corpus.split("train"), limit).tolist(),
+    )
+    return np.asarray(counts, np.int64)
+
+
+def _scored(source: Source, limit: int | None) -> Iterator[Document]:
+    documents = (source[i] for i in islice(range(len(source)), limit))
+    return (document for document in documents if not is_blank(document))
