@@ -27,6 +27,7 @@ def letters():
 
 def _train(source, **options):
     defaults = {"vocab_size": 257, "seq_len": 4, "batch_size": 2, "seed": 0, "prefetch": 3}
+    defaults["shuffle_rows"] = 1  # Documents then come out in the order in which they went in.
     return training_dataset(source, TOKENIZER, **{**defaults, **options})
 
 
@@ -139,17 +140,29 @@ def test_process_batches_are_a_share_of_the_rows(letters):
     )
 
 
-@pytest.mark.parametrize("seq_len", [3, 4, 5, 40])
-def test_restored_iterator_goes_on_exactly(letters, seq_len):
+def test_rows_are_shuffled_in_windows(letters):
+    def rows(**options):
+        batches = _take(_train(letters, **options), 12)
+        return [tuple(row) for batch in batches for row in batch["inputs"].tolist()]
+
+    in_order, shuffled = rows(), rows(shuffle_rows=8)
+    assert shuffled != in_order
+    for start in (0, 8, 16):
+        window = slice(start, start + 8)
+        assert sorted(shuffled[window]) == sorted(in_order[window])
+
+
+@pytest.mark.parametrize(("seq_len", "shuffle_rows"), [(3, 1), (4, 1), (5, 1), (40, 1), (4, 7)])
+def test_restored_iterator_goes_on_exactly(letters, seq_len, shuffle_rows):
     """At every step of more than two epochs, through JSON as in a checkpoint."""
-    dataset = _train(letters, seq_len=seq_len)
+    dataset = _train(letters, seq_len=seq_len, shuffle_rows=shuffle_rows)
     steps = 320 // (2 * seq_len)
     iterator = iter(dataset)
     states, batches = [], []
     for _ in range(steps):
         states.append(json.dumps(iterator.get_state()))
         batches.append(next(iterator))
-    assert len(_documents(batches)) > 46
+    assert _tokens(batches).count(EOS) > 46
     for step, state in enumerate(states):
         restored = iter(dataset)
         restored.set_state(json.loads(state))

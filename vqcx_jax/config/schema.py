@@ -202,6 +202,8 @@ class Data:
     shuffle_seed: NonNegative = 0
     # Training documents counted for assignment="frequency". None: all of them.
     count_documents: Positive | None = 100_000
+    # Packed rows of one process that are shuffled together, so that a batch mixes documents.
+    shuffle_rows: Positive = 1024
     # Documents that the loader reads ahead.
     prefetch: Positive = 64
 

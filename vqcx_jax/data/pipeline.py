@@ -30,13 +30,15 @@ def training_dataset(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    shuffle_rows: int = 1024,
     prefetch: int = 64,
 ) -> grain.IterDataset:
     """Returns endless shuffled batches of one process.
 
     Every epoch has another order, which is a function of `seed` alone; process p gets every
-    `process_count`-th document of it. The iterator's state is small and exact: after
-    `set_state` the next batch is the one that would have come.
+    `process_count`-th document of it. A long document fills many rows in succession, so rows are
+    shuffled once more, among `shuffle_rows` of them: a batch then mixes documents. The iterator's
+    state is small and exact: after `set_state` the next batch is the one that would have come.
 
     Args:
         source: the training documents.
@@ -47,6 +49,7 @@ def training_dataset(
         seed: decides the order.
         process_index: this process.
         process_count: the number of processes.
+        shuffle_rows: rows of one process that are shuffled together; 1: none.
         prefetch: documents read ahead by one background thread.
 
     Returns:
@@ -76,7 +79,16 @@ def training_dataset(
         seq_len=seq_len,
         prefetch=prefetch,
     )
-    return rows.batch(batch_size // process_count, drop_remainder=True)
+    rows_per_batch = batch_size // process_count
+    # Grain adds the window's number to this seed, in 32 bits.
+    shuffled = grain.experimental.WindowShuffleIterDataset(
+        rows, window_size=shuffle_rows, seed=seed % 2**31
+    )
+    batches = shuffled.batch(rows_per_batch, drop_remainder=True)
+    # The shuffle takes in all its rows at once: a thread that is one such window of batches ahead
+    # keeps the trainer from waiting for it.
+    ahead = -(-shuffle_rows // rows_per_batch) + 1
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead)
 
 
 def evaluation_dataset(

@@ -181,5 +181,6 @@ def _training_batches(setup: Setup) -> grain.IterDataset:
         seed=config.data.shuffle_seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        shuffle_rows=config.data.shuffle_rows,
         prefetch=config.data.prefetch,
     )
