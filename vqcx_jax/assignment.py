@@ -80,6 +80,7 @@ def frequency_map(counts: np.ndarray, num_codes: int) -> np.ndarray:
     Returns:
         int32 (V,); every code has at least one token (K <= V).
     """
+    counts = counts.astype(np.int64)  # Unsigned zeros would come first below.
     order = np.argsort(-counts, kind="stable")
     mass = np.maximum(counts[order], 1).astype(np.float64)
     ends = np.cumsum(mass)
@@ -111,14 +112,11 @@ def kmeans_map(
     Raises:
         DataError: fewer distinct vectors than codes, so that a cluster stays empty.
     """
+    vectors = vectors.astype(np.float32)
+    start = _plus_plus(vectors, num_codes, np.random.default_rng(seed))
     try:
         centroids, labels = kmeans2(
-            vectors.astype(np.float32),
-            num_codes,
-            iter=iterations,
-            minit="++",
-            missing="raise",
-            rng=np.random.default_rng(seed),
+            vectors, start, iter=iterations, minit="matrix", missing="raise"
         )
     except ClusterError as error:
         raise DataError(
@@ -128,16 +126,38 @@ def kmeans_map(
     return labels.astype(np.int32), centroids
 
 
+def _plus_plus(vectors: np.ndarray, num_codes: int, rng: np.random.Generator) -> np.ndarray:
+    # scipy has this start too, but in O(V K^2 D): half an hour for a real vocabulary.
+    chosen = [int(rng.integers(len(vectors)))]
+    distances = np.full(len(vectors), np.inf)
+    while len(chosen) < num_codes:
+        to_newest = np.sum((vectors - vectors[chosen[-1]]) ** 2, axis=1, dtype=np.float64)
+        distances = np.minimum(distances, to_newest)
+        total = distances.sum()
+        if total == 0:
+            raise DataError(
+                f"num_codes={num_codes}: must be at most {len(chosen)}, "
+                "the number of distinct rows of the vectors"
+            )
+        chosen.append(int(rng.choice(len(vectors), p=distances / total)))
+    return vectors[chosen]
+
+
 def _load_vectors(path: str | None, vocab_size: int) -> np.ndarray:
     if path is None:
         raise DataError("model.head.vectors=None: assignment='kmeans' needs an .npy file")
     try:
-        vectors = np.load(path)
+        with open(path, "rb") as file:
+            vectors = np.lib.format.read_array(file)
     except (OSError, ValueError) as error:
         raise DataError(f"model.head.vectors={path!r}: not a readable .npy file") from error
+    if vectors.dtype.kind not in "fiu":
+        raise DataError(f"model.head.vectors={path!r} has dtype {vectors.dtype}: expected numbers")
     if vectors.ndim != 2 or vectors.shape[0] != vocab_size:
         raise DataError(
             f"model.head.vectors={path!r} has shape {vectors.shape}: "
             f"expected one row a token, ({vocab_size}, D)"
         )
+    if not np.isfinite(vectors).all():
+        raise DataError(f"model.head.vectors={path!r}: must not contain NaN or infinity")
     return vectors

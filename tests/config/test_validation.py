@@ -38,9 +38,7 @@ def make(**overrides: str) -> Config:
         # Nothing here divides by 3, but nothing is sharded over three devices.
         (
             {"mesh.data": "1", "mesh.tensor": "3"}
-            | dict.fromkeys(
-                ["sharding.vocab", "sharding.heads", "sharding.kv_heads", "sharding.mlp"], ""
-            ),
+            | dict.fromkeys(["sharding.vocab", "sharding.heads", "sharding.mlp"], ""),
             3,
         ),
     ],
@@ -128,7 +126,6 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
         ),
         ({"sharding.codes": "tensor,fsdp"}, None, ["sharding.embed='fsdp'", "sharding.codes="]),
         ({"sharding.heads": "fsdp"}, None, ["sharding.heads='fsdp'", "sharding.embed='fsdp'"]),
-        ({"sharding.kv_heads": "fsdp"}, None, ["sharding.kv_heads='fsdp'", "sharding.embed="]),
         ({"sharding.mlp": "fsdp"}, None, ["sharding.mlp='fsdp'", "sharding.embed='fsdp'"]),
         ({"sharding.batch": "tensor"}, None, ["sharding.heads='tensor'", "sharding.batch='ten"]),
         (FSDP_4 | {"model.embed_dim": "258"}, 4, ["model.embed_dim=258: must be divisible by 4"]),

@@ -273,8 +273,8 @@ class ShardingRules:
     batch: MeshAxes = ("data", "fsdp")
     embed: MeshAxes = ("fsdp",)
     vocab: MeshAxes = ("tensor",)
+    # Query and key heads alike: a query head and its key head are on one device.
     heads: MeshAxes = ("tensor",)
-    kv_heads: MeshAxes = ("tensor",)
     mlp: MeshAxes = ("tensor",)
     codes: MeshAxes = ()
 

@@ -24,12 +24,11 @@ from vqcx_jax.errors import ConfigError
 # The logical axes of each array: a mesh axis can shard only one of them.
 _WEIGHTS = (
     ("embed", "heads"),
-    ("embed", "kv_heads"),
     ("embed", "mlp"),
     ("vocab", "embed"),
     ("codes", "embed"),
 )
-_ACTIVATIONS = (("batch", "heads"), ("batch", "kv_heads"), ("batch", "mlp"))
+_ACTIVATIONS = (("batch", "heads"), ("batch", "mlp"))
 
 
 def validate(config: Config, device_count: int | None = None) -> Config:
@@ -162,7 +161,7 @@ def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
     sharded = [
         ("model.embed_dim", model.embed_dim, "embed"),
         ("model.num_heads", model.num_heads, "heads"),
-        ("model.num_kv_heads", model.num_kv_heads, "kv_heads"),
+        ("model.num_kv_heads", model.num_kv_heads, "heads"),
         ("model.mlp_dim", model.mlp_dim, "mlp"),
     ]
     if model.vocab_size is not None:

@@ -1,4 +1,8 @@
-"""Thin NNX modules over `vqcx_jax.ops`. They are plain pytrees: jax.jit and jax.grad take them."""
+"""Thin NNX modules over `vqcx_jax.ops`.
+
+They are plain pytrees, so jax.jit takes them as they are. jax.grad takes the trained arrays, which
+`functional.split` separates from buffers (the integer token map of a VQ head among them).
+"""
 
 from vqcx_jax.nn.attention import Attention, KVCache
 from vqcx_jax.nn.heads import FullHead, Head, VQHead

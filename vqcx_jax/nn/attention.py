@@ -20,8 +20,8 @@ from vqcx_jax.sharding import LogicalAxes, constrain, einsum, per_device
 
 _ROWS = ("batch", None)
 _TABLE = ("batch", None, None)
-_QUERIES = ("batch", None, "heads", None)
-_KEYS = ("batch", None, "kv_heads", None)
+_HEADS = ("batch", None, "heads", None)
+_PHASES = ("heads", None)
 
 
 class KVCache(NamedTuple):
@@ -64,8 +64,8 @@ class Attention(nnx.Module):
         q_shape, kv_shape = (dim, num_heads, head_dim), (dim, num_kv_heads, head_dim)
         o_shape = (num_heads, head_dim, dim)
         self.q = param(fan_in_normal(rngs.params(), q_shape, dim), ("embed", "heads", None))
-        self.k = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "kv_heads", None))
-        self.v = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "kv_heads", None))
+        self.k = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "heads", None))
+        self.v = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "heads", None))
         out = residual_normal(rngs.params(), o_shape, num_heads * head_dim, num_layers)
         self.out = param(out, ("heads", None, "embed"))
         if isinstance(attention, ComplexAttention):
@@ -74,7 +74,7 @@ class Attention(nnx.Module):
                 noise = jax.random.normal(rngs.params(), delta.shape, jnp.float32)
                 delta = noise * published_delta_std(head_dim)
             bias = jnp.zeros((num_heads, head_dim // 2), jnp.float32)
-            self.delta = param(delta, ("kv_heads", None), decay=False)
+            self.delta = param(delta, ("heads", None), decay=False)
             self.bias = param(bias, ("heads", None), decay=False)
         self.is_complex = isinstance(attention, ComplexAttention)
         self.dtype = dtype
@@ -99,42 +99,42 @@ class Attention(nnx.Module):
         Returns:
             (B, T, D) and the keys and values: the updated cache, or this call's own.
         """
-        q_BxTxHxd = self._project(self.q, x_BxTxD, "heads")
-        k_BxTxKxd = self._project(self.k, x_BxTxD, "kv_heads")
-        v_BxTxKxd = self._project(self.v, x_BxTxD, "kv_heads")
+        q_BxTxHxd = self._project(self.q, x_BxTxD)
+        k_BxTxKxd = self._project(self.k, x_BxTxD)
+        v_BxTxKxd = self._project(self.v, x_BxTxD)
         q_BxTxHxd, k_BxTxKxd = self._encode_positions(q_BxTxHxd, k_BxTxKxd, rotary)
 
         if cache is None:
             cache = KVCache(k_BxTxKxd, v_BxTxKxd)
             (y_BxTxHxd,) = per_device(
-                _attend_packed, (_QUERIES, _KEYS, _KEYS, _ROWS), (_QUERIES,), self.rules
+                _attend_packed, (_HEADS, _HEADS, _HEADS, _ROWS), (_HEADS,), self.rules
             )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT)
         else:
             y_BxTxHxd, *updated = per_device(
                 _attend_cached,
-                (_QUERIES, _KEYS, _KEYS, _KEYS, _KEYS, ()),
-                (_QUERIES, _KEYS, _KEYS),
+                (_HEADS, _HEADS, _HEADS, _HEADS, _HEADS, ()),
+                (_HEADS, _HEADS, _HEADS),
                 self.rules,
             )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *cache, jnp.asarray(cache_length, jnp.int32))
             cache = KVCache(*updated)
         out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)
         return einsum("bthk,hkd->btd", y_BxTxHxd, out_HxdxD, HIDDEN, self.rules), cache
 
-    def _project(self, weight: nnx.Param, x_BxTxD: jax.Array, heads: str) -> jax.Array:
-        w = constrain(weight[...].astype(self.dtype), (None, heads, None), self.rules)
+    def _project(self, weight: nnx.Param, x_BxTxD: jax.Array) -> jax.Array:
+        w = constrain(weight[...].astype(self.dtype), (None, "heads", None), self.rules)
         return jnp.einsum("btd,dhk->bthk", x_BxTxD, w)
 
     def _encode_positions(
         self, q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, rotary: Rotary
     ) -> tuple[jax.Array, jax.Array]:
         args = [q_BxTxHxd, k_BxTxKxd, *rotary]
-        axes: list[LogicalAxes] = [_QUERIES, _KEYS, _TABLE, _TABLE]
+        axes: list[LogicalAxes] = [_HEADS, _HEADS, _TABLE, _TABLE]
         encode: Callable[..., tuple[jax.Array, jax.Array]] = ops.rope_queries_and_keys
         if self.is_complex:
             encode = ops.complex_queries_and_keys
             args += [self.delta[...], self.bias[...]]
-            axes += [("kv_heads", None), ("heads", None)]
-        return per_device(encode, axes, (_QUERIES, _KEYS), self.rules)(*args)
+            axes += [_PHASES, _PHASES]
+        return per_device(encode, axes, (_HEADS, _HEADS), self.rules)(*args)
 
 
 def _attend_packed(

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
-from vqcx_jax.nn.layers import HIDDEN
+from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, softmax
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
-
-_ROWS = ("batch", None)
 
 
 class Head(Protocol):
@@ -55,6 +53,7 @@ class FullHead(nnx.Module):
     def nll(self, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Head.nll`."""
         weights, bias = self._arrays()
+        targets_BxT = constrain(targets_BxT, ROWS, self.rules)
         return softmax.nll(h_BxTxD, weights, targets_BxT, bias)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
@@ -101,12 +100,12 @@ class VQHead(nnx.Module):
     def nll(self, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Head.nll`. O(K) per position: no array of V columns is made."""
         codes, assignment, bias = self._arrays()
-        args = [h_BxTxD, codes, assignment, targets_BxT]
-        axes: list[LogicalAxes] = [HIDDEN, (None, None), (None,), _ROWS]
+        args = [h_BxTxD, codes, assignment, constrain(targets_BxT, ROWS, self.rules)]
+        axes: list[LogicalAxes] = [HIDDEN, (None, None), (None,), ROWS]
         if bias is not None:
             args.append(bias)
             axes.append((None,))
-        return per_device(codebook.nll, axes, (_ROWS, _ROWS), self.rules)(*args)
+        return per_device(codebook.nll, axes, (ROWS, ROWS), self.rules)(*args)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""

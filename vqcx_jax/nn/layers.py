@@ -8,6 +8,7 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.variables import param
 from vqcx_jax.sharding import constrain, einsum, take_rows
 
+ROWS = ("batch", None)
 HIDDEN = ("batch", None, None)
 
 
@@ -20,6 +21,7 @@ class RMSNorm(nnx.Module):
         self.rules = rules
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The normalised x, in its dtype."""
         x = x_BxTxD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         scale = constrain(self.scale[...], (None,), self.rules)
@@ -44,6 +46,7 @@ class Embedding(nnx.Module):
         self.rules = rules
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Rows of the tokens, (B, T, D) in the compute dtype."""
         table = constrain(self.table[...].astype(self.dtype), ("vocab", None), self.rules)
         return take_rows(table, tokens_BxT, HIDDEN, self.rules)
 
@@ -69,6 +72,7 @@ class MLP(nnx.Module):
         self.rules = rules
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, D)."""
         gate_DxF = constrain(self.gate[...].astype(self.dtype), (None, "mlp"), self.rules)
         up_DxF = constrain(self.up[...].astype(self.dtype), (None, "mlp"), self.rules)
         down_FxD = constrain(self.down[...].astype(self.dtype), ("mlp", None), self.rules)

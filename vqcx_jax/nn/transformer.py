@@ -9,7 +9,7 @@ from flax import nnx
 from vqcx_jax.config import schema
 from vqcx_jax.nn.attention import Attention, KVCache, Rotary
 from vqcx_jax.nn.heads import FullHead, Head, VQHead
-from vqcx_jax.nn.layers import HIDDEN, MLP, Embedding, RMSNorm
+from vqcx_jax.nn.layers import HIDDEN, MLP, ROWS, Embedding, RMSNorm
 from vqcx_jax.ops.attention import rope_frequencies, rotary_table
 from vqcx_jax.sharding import constrain
 
@@ -113,6 +113,9 @@ class Transformer(nnx.Module):
             segment_ids_BxT = jnp.zeros_like(tokens_BxT)
         if positions_BxT is None:
             positions_BxT = jnp.zeros_like(tokens_BxT) + jnp.arange(tokens_BxT.shape[1])
+        tokens_BxT, segment_ids_BxT, positions_BxT = (
+            constrain(x, ROWS, self.rules) for x in (tokens_BxT, segment_ids_BxT, positions_BxT)
+        )
         rotary = self._rotary(positions_BxT)
 
         def layer(x_BxTxD: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -125,11 +128,14 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BxTxD)
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """A KV cache for `extend`: all layers stacked, room for max_length positions."""
+        """A KV cache for `extend`: all layers stacked, room for max_length positions.
+
+        Nothing is said when it runs over: positions past max_length overwrite the last ones.
+        """
         config = self.config
         shape = (batch_size, max_length, config.num_kv_heads, config.head_dim)
         zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.dtype))
-        zeros = constrain(zeros, (None, "batch", None, "kv_heads", None), self.rules)
+        zeros = constrain(zeros, (None, "batch", None, "heads", None), self.rules)
         return KVCache(zeros, zeros)
 
     def extend(

@@ -34,5 +34,8 @@ def complex_queries_and_keys(
         q', k' of the shapes and dtypes of q and k. With delta = 1 and bias = 0 this is RoPE.
     """
     q_delta = jnp.repeat(delta, bias.shape[0] // delta.shape[0], axis=0)
-    q, k = euler_adapt(q, q_delta, bias), euler_adapt(k, delta)
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+    # In float32 from one step to the next, so that the result is rounded once.
+    q_float, k_float = q.astype(jnp.float32), k.astype(jnp.float32)
+    q_turned = rotate(euler_adapt(q_float, q_delta, bias), cos, sin)
+    k_turned = rotate(euler_adapt(k_float, delta), cos, sin)
+    return q_turned.astype(q.dtype), k_turned.astype(k.dtype)

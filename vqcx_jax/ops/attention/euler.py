@@ -21,7 +21,8 @@ def euler_adapt(x: jax.Array, delta: jax.Array, bias: jax.Array | None = None) -
     Returns:
         (..., H, d) in x's dtype; the arithmetic is float32.
 
-    Values and gradients are finite everywhere, x = 0 included, where theta is taken to be 0.
+    Values and gradients are finite everywhere, x = 0 included, where theta is taken to be 0 (there
+    are no second derivatives there).
     For non-integer delta the function jumps where theta crosses +-pi (the published form has it).
     """
     real, imag = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -34,8 +35,8 @@ def euler_adapt(x: jax.Array, delta: jax.Array, bias: jax.Array | None = None) -
 def _polar_power(
     real: jax.Array, imag: jax.Array, delta: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    radius = jnp.hypot(real, imag)
-    angle = delta * jnp.arctan2(imag, real) + bias
+    radius, theta = _polar_form(real, imag)
+    angle = delta * theta + bias
     return radius * jnp.cos(angle), radius * jnp.sin(angle)
 
 
@@ -48,7 +49,7 @@ def _polar_power_jvp(
     # written this way nothing is divided by mu, and the gradient at 0 is finite.
     real, imag, delta, bias = primals
     d_real, d_imag, d_delta, d_bias = tangents
-    radius, theta = jnp.hypot(real, imag), jnp.arctan2(imag, real)
+    radius, theta = _polar_form(real, imag)
     cos_theta, sin_theta = jnp.cos(theta), jnp.sin(theta)
     cos_phi, sin_phi = jnp.cos(delta * theta + bias), jnp.sin(delta * theta + bias)
     along = cos_theta * d_real + sin_theta * d_imag
@@ -59,3 +60,9 @@ def _polar_power_jvp(
     )
     out = radius * cos_phi, radius * sin_phi
     return out, (cos_phi * along - sin_phi * across, sin_phi * along + cos_phi * across)
+
+
+def _polar_form(real: jax.Array, imag: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # arctan2(+-0, -0) is +-pi, and on CPUs arctan2 of two subnormal numbers is NaN.
+    is_zero = jnp.abs(real) < jnp.finfo(real.dtype).tiny
+    return jnp.hypot(real, imag), jnp.arctan2(imag, jnp.where(is_zero, 0.0, real))

@@ -1,0 +1,69 @@
+"""Rotary positions: float32 angles, and dot products that depend on distances only."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqcx_jax.ops.attention import rope_frequencies, rotary_table, rotate
+
+
+@pytest.mark.parametrize(("head_dim", "base"), [(4, 10_000.0), (6, 100.0), (256, 500_000.0)])
+def test_frequencies(head_dim: int, base: float) -> None:
+    expected = [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    actual = rope_frequencies(head_dim, base)
+    assert actual.dtype == jnp.float32
+    # An exponent of up to ln(base) = 13 is rounded by 13 * 2^-24.
+    chex.assert_trees_all_close(actual, np.asarray(expected, np.float32), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
+def test_table(dtype: jnp.dtype) -> None:
+    positions = jnp.asarray([[0, 1, 2], [5, 256, 257]], dtype)
+    frequencies = rope_frequencies(8)
+    cos, sin = rotary_table(positions, frequencies)
+    chex.assert_shape((cos, sin), (2, 3, 4))
+    chex.assert_type((cos, sin), jnp.float32)
+    angles = np.asarray(positions, np.float64)[..., None] * np.asarray(frequencies, np.float64)
+    # An angle of 257 radians is rounded by 2^-16.
+    chex.assert_trees_all_close((cos, sin), (np.cos(angles), np.sin(angles)), rtol=0, atol=2e-5)
+
+
+def test_rotation_of_each_plane() -> None:
+    """Plane i is coordinates i and i + d/2, as one complex number."""
+    x = np.asarray(jax.random.normal(jax.random.key(0), (2, 3, 5, 6)), np.float64)
+    angles = np.random.default_rng(0).uniform(-9, 9, (2, 3, 3))
+    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angles)[:, :, None]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    arguments = [jnp.asarray(a, jnp.float32) for a in (x, np.cos(angles), np.sin(angles))]
+    chex.assert_trees_all_close(jax.jit(rotate)(*arguments), expected, rtol=0, atol=2e-6)
+
+
+def test_one_table_for_all_rows() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 6))
+    cos, sin = rotary_table(jnp.arange(3), rope_frequencies(6))
+    every_row = [jnp.broadcast_to(table, (2, 3, 3)) for table in (cos, sin)]
+    chex.assert_trees_all_equal(rotate(x, cos, sin), rotate(x, *every_row))
+
+
+def test_bfloat16_positions_stay_apart() -> None:
+    """bfloat16 has no 257: with angles in it, positions 256 and 257 would be one."""
+    assert jnp.bfloat16(257) == jnp.bfloat16(256)
+    x = jnp.asarray([1.0, 0.0], jnp.bfloat16).reshape(1, 1, 1, 2)
+    frequencies = jnp.ones((1,))
+    at = [
+        np.asarray(rotate(x, *rotary_table(jnp.asarray([[m]]), frequencies))[0, 0, 0], np.float64)
+        for m in (256, 257)
+    ]
+    for turned, m in zip(at, (256, 257), strict=True):
+        np.testing.assert_allclose(turned, [np.cos(m), np.sin(m)], atol=2.0**-8)
+    # One radian further on: the chord 2 sin(1/2).
+    assert np.linalg.norm(at[1] - at[0]) == pytest.approx(2 * np.sin(0.5), abs=0.02)
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8)).astype(jnp.bfloat16)
+    table = rotary_table(jnp.arange(1000, 1004)[None], rope_frequencies(8))
+    wide = rotate(x.astype(jnp.float32), *table)
+    chex.assert_trees_all_equal(rotate(x, *table), wide.astype(jnp.bfloat16))

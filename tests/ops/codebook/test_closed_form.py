@@ -1,0 +1,223 @@
+"""The closed form of VQ-Logits against its definition, in values and gradients."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from vqcx_jax.ops import codebook
+from vqcx_jax.ops.codebook import reference
+
+
+class Case(NamedTuple):
+    vocab_size: int
+    num_codes: int
+    dim: int = 16
+    leading: tuple[int, ...] = (6,)
+    used_codes: int | None = None  # None: all of them; else the others stay empty.
+    bias_scale: float | None = 1.0
+    logit_scale: float = 1.0
+
+
+CASES = {
+    "smallest": Case(7, 3, dim=5, leading=()),
+    "one_code": Case(7, 1, leading=(2, 3)),
+    "one_token_a_code": Case(31, 31, leading=(2, 3)),
+    "ragged": Case(1009, 37, leading=(3, 5)),
+    "ragged_no_bias": Case(1009, 37, bias_scale=None),
+    "empty_codes": Case(300, 64, used_codes=20),
+    "empty_codes_no_bias": Case(300, 64, used_codes=20, bias_scale=None),
+    "large_vocabulary": Case(50_257, 503),
+    "large_logits": Case(1009, 37, logit_scale=100.0),
+    "large_bias": Case(1009, 37, bias_scale=100.0),
+}
+
+
+class Inputs(NamedTuple):
+    h: jax.Array
+    codes: jax.Array
+    bias: jax.Array | None
+    assignment: jax.Array
+    targets: jax.Array
+    weights: tuple[jax.Array, ...]  # Cotangents of nll and log_z.
+
+
+def make(case: Case, dtype: Any = jnp.float32) -> Inputs:
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal
+    # Every used code has a token; the number of tokens a code has is otherwise random.
+    used = rng.permutation(case.num_codes)[: case.used_codes]
+    more = rng.choice(used, case.vocab_size - len(used))
+    assignment = rng.permutation(np.concatenate([used, more]))
+    bias = None
+    if case.bias_scale is not None:
+        bias = jnp.asarray(case.bias_scale * normal(case.vocab_size), jnp.float32)
+    return Inputs(
+        h=jnp.asarray(case.logit_scale * normal((*case.leading, case.dim)), dtype),
+        codes=jnp.asarray(normal((case.num_codes, case.dim)) / case.dim**0.5, dtype),
+        bias=bias,
+        assignment=jnp.asarray(assignment, jnp.int32),
+        targets=jnp.asarray(rng.integers(case.vocab_size, size=case.leading), jnp.int32),
+        weights=tuple(jnp.asarray(normal(case.leading), jnp.float32) for _ in range(2)),
+    )
+
+
+def values_and_gradients(nll: Callable[..., Any]) -> Callable[..., Any]:
+    """(nll, log_z) and the gradients of their weighted sum by h, codes and bias."""
+
+    def function(inputs: Inputs) -> Any:
+        def outputs(h: jax.Array, codes: jax.Array, bias: jax.Array | None) -> Any:
+            return nll(h, codes, inputs.assignment, inputs.targets, bias)
+
+        values, vjp = jax.vjp(outputs, inputs.h, inputs.codes, inputs.bias)
+        cotangents = [w.astype(v.dtype) for w, v in zip(inputs.weights, values, strict=True)]
+        return values, vjp(tuple(cotangents))
+
+    return function
+
+
+nll = jax.jit(codebook.nll)
+logits = jax.jit(codebook.logits)
+closed_form = jax.jit(values_and_gradients(codebook.nll))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_float32_values_and_gradients(case: Case, in_float64: Any, max_error: Any) -> None:
+    inputs = make(case)
+    values, gradients = closed_form(inputs)
+    chex.assert_shape(values, case.leading)
+    true_values, true_gradients = in_float64(values_and_gradients(reference.nll), inputs)
+    # A hundred roundings of float32, for a sum of dim products and one of num_codes exponentials.
+    chex.assert_trees_all_close(values, true_values, rtol=1e-5)
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(true_gradients), strict=True)
+    for actual, expected in pairs:
+        assert actual.dtype == jnp.float32
+        assert max_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["ragged", "empty_codes", "large_vocabulary", "large_logits"])
+def test_bfloat16_inputs(name: str, in_float64: Any, max_error: Any) -> None:
+    case = CASES[name]
+    inputs = make(case, jnp.bfloat16)
+    values, gradients = closed_form(inputs)
+    true_values, true_gradients = in_float64(values_and_gradients(reference.nll), inputs)
+    # Products of bfloat16 numbers are exact in float32, and nothing is rounded to bfloat16 before
+    # the loss: the values are as good as from float32 inputs.
+    assert [v.dtype for v in values] == [jnp.float32] * 2
+    chex.assert_trees_all_close(values, true_values, rtol=1e-5)
+    # Gradients by h and codes are rounded to bfloat16 once, at the end: by 2^-8 of their size.
+    h_and_codes = zip(gradients[:2], true_gradients[:2], strict=True)
+    for actual, expected in h_and_codes:
+        assert actual.dtype == jnp.bfloat16
+        assert max_error(actual, expected) <= 2.0**-8 + 1e-5
+    assert gradients[2].dtype == jnp.float32
+    assert max_error(gradients[2], true_gradients[2]) <= 1e-5
+    # So no gradient is worse than the definition's, computed in bfloat16 from the same inputs.
+    _, plain = jax.jit(values_and_gradients(reference.nll))(inputs)
+    for actual, naive, expected in zip(gradients, plain, true_gradients, strict=True):
+        assert max_error(actual, expected) <= 2 * max_error(naive, expected)
+
+
+@pytest.mark.parametrize("name", ["smallest", "ragged", "ragged_no_bias", "empty_codes"])
+def test_logits_equal_reference(name: str, in_float64: Any) -> None:
+    x = make(CASES[name])
+    expected = in_float64(reference.logits, x.h, x.codes, x.assignment, x.bias)
+    actual = logits(x.h, x.codes, x.assignment, x.bias)
+    assert actual.dtype == jnp.float32
+    chex.assert_trees_all_close(actual, expected.astype(np.float32), rtol=0, atol=1e-5)
+
+
+def test_logits_of_bfloat16_are_not_rounded() -> None:
+    x = make(CASES["ragged"], jnp.bfloat16)
+    h, codes = x.h.astype(jnp.float32), x.codes.astype(jnp.float32)
+    wide = logits(h, codes, x.assignment, x.bias)
+    actual = logits(x.h, x.codes, x.assignment, x.bias)
+    chex.assert_trees_all_close(actual, wide, rtol=0, atol=1e-5)
+
+
+def test_nll_is_softmax_of_logits() -> None:
+    x = make(CASES["ragged"])
+    log_p = scipy.special.log_softmax(logits(x.h, x.codes, x.assignment, x.bias), axis=-1)
+    expected = -np.take_along_axis(log_p, np.asarray(x.targets)[..., None], axis=-1)[..., 0]
+    actual, _ = nll(x.h, x.codes, x.assignment, x.targets, x.bias)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_code_log_mass(has_bias: bool) -> None:
+    x = make(CASES["empty_codes"])
+    bias = np.asarray(x.bias, np.float64) if has_bias else np.zeros(len(x.assignment))
+    of_code = [bias[np.asarray(x.assignment) == k] for k in range(64)]
+    expected = [scipy.special.logsumexp(b) if len(b) else -np.inf for b in of_code]
+    actual = codebook.code_log_mass(x.assignment, 64, x.bias if has_bias else None)
+    chex.assert_trees_all_close(actual, np.asarray(expected, np.float32), rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_with_bias_minus_infinity_are_impossible() -> None:
+    """One token of code 0 and every token of code 1: their probability and gradient are zero."""
+    x = make(Case(12, 3))
+    assignment = jnp.arange(12) % 3
+    banned = (jnp.arange(12) == 0) | (assignment == 1)
+    bias = jnp.where(banned, -jnp.inf, jnp.asarray(x.bias))
+    targets = jnp.full((6,), 2)
+
+    def loss(h: jax.Array, codes: jax.Array, bias: jax.Array) -> jax.Array:
+        return jnp.sum(codebook.nll(h, codes, assignment, targets, bias)[0])
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(x.h, x.codes, bias)
+    chex.assert_tree_all_finite((value, gradients))
+    assert not np.any(gradients[2][banned])
+    chex.assert_trees_all_close(
+        nll(x.h, x.codes, assignment, targets, bias),
+        jax.jit(reference.nll)(x.h, x.codes, assignment, targets, bias),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_nan_stays_at_its_position(has_bias: bool) -> None:
+    x = make(CASES["ragged"])
+    bias = x.bias if has_bias else None
+    outputs = nll(x.h.at[1, 2, 0].set(jnp.nan), x.codes, x.assignment, x.targets, bias)
+    expected = np.zeros((3, 5), bool)
+    expected[1, 2] = True
+    for output in outputs:
+        np.testing.assert_array_equal(np.isnan(output), expected)
+
+
+def test_vmap_equals_leading_axes() -> None:
+    x = make(CASES["ragged"])
+
+    def of_position(h: jax.Array, target: jax.Array) -> Any:
+        return codebook.nll(h, x.codes, x.assignment, target, x.bias)
+
+    whole = nll(x.h, x.codes, x.assignment, x.targets, x.bias)
+    mapped = jax.jit(jax.vmap(jax.vmap(of_position)))(x.h, x.targets)
+    chex.assert_trees_all_close(mapped, whole, rtol=1e-6)
+    one = jax.jit(of_position)(x.h[2, 4], x.targets[2, 4])
+    chex.assert_trees_all_close(one, jax.tree.map(lambda y: y[2, 4], whole), rtol=1e-6)
+
+
+def test_no_array_of_logits_over_the_vocabulary() -> None:
+    """Loss and gradients hold V or N K numbers, never N V."""
+    inputs = make(Case(1000, 10, leading=(64,)))
+
+    def largest_array(function: Callable[..., Any]) -> int:
+        equations = _equations(jax.make_jaxpr(values_and_gradients(function))(inputs).jaxpr)
+        return max(array.aval.size for equation in equations for array in equation.outvars)
+
+    assert largest_array(codebook.nll) <= max(1000, 64 * 16)
+    assert largest_array(reference.nll) >= 64 * 1000
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
