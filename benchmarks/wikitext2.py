@@ -7,6 +7,7 @@ everything trains, not a comparison of quality.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -50,14 +51,17 @@ def main() -> None:
             _, status, usage = os.wait4(process.pid, 0)
             if status:
                 sys.exit(f"{name}: train.py failed")
-            print(f"| {name} | {_summary(Path(workdir) / 'metrics.jsonl')} "
-                  f"| {usage.ru_maxrss / 2**20:.2f} |", flush=True)
+            print(
+                f"| {name} | {_summary(Path(workdir) / 'metrics.jsonl')} "
+                f"| {usage.ru_maxrss / 2**20:.2f} |",
+                flush=True,
+            )
 
 
 def _summary(path: Path) -> str:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
-    seconds = [b["time"] - a["time"] for a, b in zip(steps[20:], steps[21:], strict=False)]
+    seconds = [b["time"] - a["time"] for a, b in itertools.pairwise(steps[20:])]
     train_loss = statistics.mean(r["loss"] for r in steps[-20:])
     validation_loss = records[-1]["validation_loss"]
     speed = steps[-1]["tokens"] / statistics.median(seconds)

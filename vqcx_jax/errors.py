@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message is one line that names the argument, its value and what is accepted."""
+    """Bad input: one line that names the argument, its value and what is accepted."""
 
 
 class ConfigError(UserError):
@@ -18,4 +18,4 @@ class CheckpointError(UserError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training stopped because the loss is NaN or infinite; names the step and the last checkpoint."""
+    """The loss is NaN or infinite; names the step and the last good checkpoint."""
