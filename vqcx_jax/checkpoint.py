@@ -6,6 +6,8 @@ data       position of the data iterator, one file a process
 run        JSON: the resolved config, the tokenizer, the corpus
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ def orbax_context() -> ocp.Context:
     return context
 
 
+def steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, rising; none if there is no directory."""
+    return sorted(
+        int(entry.name)
+        for entry in (directory.iterdir() if directory.is_dir() else ())
+        if entry.name.isdigit() and ocp.is_orbax_checkpoint(entry)
+    )
+
+
 def locate(path: Path, step: int | None = None) -> tuple[Path, int]:
     """The checkpoint that a user means: the directory of all steps, and the step.
 
@@ -40,22 +51,23 @@ def locate(path: Path, step: int | None = None) -> tuple[Path, int]:
     if step is None and path.name.isdigit() and ocp.is_orbax_checkpoint(path):
         return path.parent, int(path.name)
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(
-        int(entry.name)
-        for entry in (directory.iterdir() if directory.is_dir() else ())
-        if entry.name.isdigit() and ocp.is_orbax_checkpoint(entry)
-    )
-    if not steps:
+    found = steps(directory)
+    if not found:
         raise CheckpointError(f"checkpoint={str(path)!r}: no checkpoint found there")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"step={step}: {str(directory)!r} has the steps {steps}")
-    return directory, steps[-1] if step is None else step
+    if step is not None and step not in found:
+        raise CheckpointError(f"step={step}: {str(directory)!r} has the steps {found}")
+    return directory, found[-1] if step is None else step
 
 
 def load_run(directory: Path, step: int) -> dict[str, Any]:
-    """The JSON of a checkpoint: its resolved config and tokenizer."""
-    with orbax_context():
-        return ocp.load_checkpointables(directory / str(step), {"run": None})["run"]
+    """The JSON of a checkpoint: its resolved config and tokenizer.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = directory / str(step)
+    with _reading(path):
+        return ocp.load_checkpointables(path, {"run": None})["run"]
 
 
 def load_model(directory: Path, step: int, model: Tree) -> Tree:
@@ -72,7 +84,7 @@ def load_model(directory: Path, step: int, model: Tree) -> Tree:
 
 def check_architecture(path: Path, model: Tree) -> None:
     """Raises CheckpointError naming every weight that differs between a checkpoint and `model`."""
-    with orbax_context():
+    with _reading(path):
         saved = _shapes(ocp.metadata(path, checkpointable_name="model").metadata)
     wanted = _shapes(model)
     problems = [
@@ -85,6 +97,16 @@ def check_architecture(path: Path, model: Tree) -> None:
         raise CheckpointError(
             f"checkpoint {str(path)!r} is of another architecture: {'; '.join(problems)}"
         )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with orbax_context():
+            yield
+    except (OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
 
 
 def _shapes(tree: Any) -> dict[str, str]:

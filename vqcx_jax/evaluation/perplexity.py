@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -34,15 +35,19 @@ class SplitLoss:
     @property
     def perplexity(self) -> float:
         """Exp of the mean loss per token: depends on the tokenizer."""
-        return math.exp(self.per_token)
+        return _exp(self.per_token)
 
     def word_perplexity(self, words: int) -> float:
         """Exp of the loss per white-space word: comparable between tokenizers."""
-        return math.exp(self.nll / words)
+        return _exp(self.nll / words)
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """Bits per UTF-8 byte of the text: comparable between tokenizers and languages."""
         return self.nll / math.log(2) / num_bytes
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < math.log(sys.float_info.max) else math.inf
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:

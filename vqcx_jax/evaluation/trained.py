@@ -62,12 +62,11 @@ class TrainedModel:
         directory, step = checkpoint.locate(path, step)
         run = checkpoint.load_run(directory, step)
         config = from_json(run["config"])
-        mesh = make_mesh({"data": 1, "fsdp": jax.device_count(), "tensor": 1}, "auto")
-        # Weights are spread over the devices where they can be split evenly.
-        if config.model.embed_dim % jax.device_count():
-            config = dataclasses.replace(
-                config, sharding=dataclasses.replace(config.sharding, embed=())
-            )
+        devices = jax.device_count()
+        mesh = make_mesh({"data": 1, "fsdp": devices, "tensor": 1}, "auto")
+        # Not the rules of the training run: what they split may not be divisible by these devices.
+        rules = schema.ShardingRules(embed=() if config.model.embed_dim % devices else ("fsdp",))
+        config = dataclasses.replace(config, sharding=rules)
         model = abstract_model(config)
         _, params, buffers = functional.split(model)
         shardings = functional.shardings(model, mesh, config.sharding)

@@ -69,7 +69,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state saved at `step`, laid out as the abstract `state`; moves `data` to its place."""
+        """The state saved at `step`, laid out as the abstract `state`; moves `data` there."""
         loaded = self._checkpointer.load_checkpointables(
             step,
             {

@@ -9,13 +9,19 @@ from jax.experimental import multihost_utils
 
 
 class StopSignal:
-    """A context in which the first SIGTERM or SIGINT sets a flag; a second one acts as usual."""
+    """A context in which the first SIGTERM or SIGINT sets a flag; a second one acts as usual.
+
+    In a multi-host run JAX itself catches SIGTERM, to agree with the other processes on a step;
+    SIGINT acts as usual.
+    """
 
     def __init__(self) -> None:
         self._requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        if jax.process_count() > 1:
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
         return self

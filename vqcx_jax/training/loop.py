@@ -7,7 +7,7 @@ from pathlib import Path
 import grain
 import jax
 
-from vqcx_jax import data
+from vqcx_jax import checkpoint, data
 from vqcx_jax.config import resolve_mesh_shape, schema, validate
 from vqcx_jax.errors import NonFiniteLossError
 from vqcx_jax.evaluation.perplexity import SplitLoss, make_eval_step, split_loss
@@ -20,7 +20,7 @@ from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.interrupt import StopSignal
 from vqcx_jax.training.optimizer import make_optimizer, make_schedule
 from vqcx_jax.training.reporting import Reporter
-from vqcx_jax.training.setup import Setup, prepare, token_map
+from vqcx_jax.training.setup import Setup, prepare
 from vqcx_jax.training.state import abstract_state, init_state, state_shardings
 from vqcx_jax.training.step import make_train_step
 
@@ -53,16 +53,14 @@ def train(config: schema.Config, workdir: Path) -> TrainResult:
 
     Raises:
         UserError: a config, corpus, tokenizer or checkpoint that cannot be used.
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: the loss, its gradient or the weights became NaN or infinite.
     """
     validate(config)
     mesh_shape = resolve_mesh_shape(config.mesh, jax.device_count())
     mesh = make_mesh(mesh_shape, config.mesh.axis_type)
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints((workdir / "checkpoints").absolute(), config.train) as checkpoints,
-    ):
-        setup = prepare(config, checkpoints.directory, checkpoints.latest_step)
+    directory = (workdir / "checkpoints").absolute()
+    setup = prepare(config, directory, max(checkpoint.steps(directory), default=None))
+    with jax.set_mesh(mesh), Checkpoints(directory, config.train) as checkpoints:
         return _Run(setup, mesh, checkpoints).execute(workdir)
 
 
@@ -86,7 +84,7 @@ class _Run:
         )
         self.eval_step = make_eval_step(graphdef)
         if checkpoints.latest_step is None:
-            self.state = init_state(config, token_map(setup), optimizer, shardings)
+            self.state = init_state(config, setup.assignment, optimizer, shardings)
         else:
             abstract = abstract_state(config, optimizer, shardings)
             self.state = checkpoints.restore(checkpoints.latest_step, abstract, self.batches)
@@ -97,6 +95,9 @@ class _Run:
         unread: dict[str, jax.Array] | None = None
         with Reporter(workdir, self.config, start) as reporter, StopSignal() as stop:
             for step in range(start + 1, settings.steps + 1):
+                # Here and not after the step, so that a run stopped after it does it too.
+                if self._evaluation_is_due(step - 1):
+                    self._evaluate(reporter, step - 1)
                 batch = to_microbatches(
                     next(self.batches), settings.grad_accumulation, self.mesh, self.config.sharding
                 )
@@ -106,19 +107,15 @@ class _Run:
                 self._report(reporter, step - 1, unread)
                 unread = metrics
                 stopping = stop.requested(step) and step < settings.steps
-                evaluating = settings.eval_every > 0 and step % settings.eval_every == 0
                 saving = stopping or step == settings.steps or self.checkpoints.is_due(step)
-                if saving or evaluating:
+                if saving or self._evaluation_is_due(step):
                     self._report(reporter, step, unread)
                     unread = None
                 if saving:
                     self.checkpoints.save(step, self.state, self.batches, self.setup.to_json())
+                    reporter.restart_clock()
                 if stopping:
                     return TrainResult(step, self.checkpoints.directory / str(step))
-                if evaluating and step < settings.steps:
-                    self._evaluate(reporter, step)
-                if saving or evaluating:
-                    reporter.restart_clock()
             validation = self._evaluate(reporter, step)
         return TrainResult(step, self.checkpoints.directory / str(step), validation, self._sample())
 
@@ -126,13 +123,19 @@ class _Run:
         if metrics is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
+        # A finite loss can still make gradients or weights that are not: no such state is saved.
+        wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
             last = self.checkpoints.latest_step
             where = "there is none" if last is None else self.checkpoints.directory / str(last)
             raise NonFiniteLossError(
-                f"loss is {values['loss']} at step {step}; last good checkpoint: {where}"
+                f"{', '.join(wrong)} at step {step}; last good checkpoint: {where}"
             )
         reporter.step(step, values)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return step > 0 and every > 0 and step % every == 0
 
     def _evaluate(self, reporter: Reporter, step: int) -> SplitLoss:
         config = self.config

@@ -17,7 +17,8 @@ from vqcx_jax.training.flops import peak_flops, train_flops_per_token
 class Reporter:
     """Reports training from process 0; on other processes it does nothing.
 
-    metrics.jsonl has one object a step with full float precision, and one for each evaluation.
+    metrics.jsonl has one object a step with full float precision, and one for each evaluation;
+    "time" is seconds since 1970, when the numbers were read.
     """
 
     def __init__(self, workdir: Path, config: schema.Config, start_step: int):
@@ -30,7 +31,7 @@ class Reporter:
         if not self._is_writer:
             return
         path = workdir / "metrics.jsonl"
-        _drop_later_steps(path, start_step)
+        _drop_later_records(path, start_step)
         self._metrics = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step + 1
@@ -83,6 +84,7 @@ class Reporter:
             self._tensorboard.add_scalar(f"validation/{name}", value, step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._bar.write(f"step {step}: validation {shown}")
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves out of tokens/s the time since the last report (evaluation, checkpoints)."""
@@ -90,16 +92,25 @@ class Reporter:
             self._window_start, self._window_tokens = time.perf_counter(), 0.0
 
     def _write(self, record: dict[str, float]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
         self._metrics.flush()
 
 
-def _drop_later_steps(path: Path, last_step: int) -> None:
-    """Removes what an interrupted run wrote after the checkpoint that is now resumed."""
+def _drop_later_records(path: Path, last_step: int) -> None:
+    """Removes what an interrupted run wrote after the checkpoint that is now resumed.
+
+    The evaluation of the checkpoint itself comes after it, too.
+    """
     if not path.exists():
         return
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-    kept = [json.dumps(r) + "\n" for r in records if r["step"] <= last_step]
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # The run ended in the middle of a line.
+            break
+        if record["step"] < last_step or (record["step"] == last_step and "loss" in record):
+            kept.append(line + "\n")
     replacement = path.with_suffix(".tmp")
     replacement.write_text("".join(kept), "utf-8")
     replacement.replace(path)

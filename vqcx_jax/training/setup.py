@@ -32,11 +32,19 @@ _MAY_DIFFER = {
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run ready to start. config.model.vocab_size is set."""
+    """A run ready to start.
+
+    Attributes:
+        config: with model.vocab_size set.
+        corpus: the text.
+        tokenizer: made from the corpus or a file, or the checkpoint's.
+        assignment: the token map of a new run with a VQ head.
+    """
 
     config: schema.Config
     corpus: Corpus
     tokenizer: Tokenizer
+    assignment: Assignment | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint stores beside the arrays."""
@@ -50,7 +58,10 @@ class Setup:
 def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -> Setup:
     """Opens the corpus, makes the tokenizer (or takes the checkpoint's) and resolves the config.
 
+    Writes to the cache only: a run that cannot start leaves no trace in its directory.
+
     Raises:
+        UserError: a corpus, tokenizer or token map that cannot be made.
         CheckpointError: the checkpoint is of another architecture (names every weight that
             differs), or the run would have other text, tokens or batches.
     """
@@ -58,7 +69,8 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
     corpus = data.open_corpus(config.data.dataset, cache_dir)
     if resume_step is None:
         tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
-        return Setup(_resolve(config, tokenizer), corpus, tokenizer)
+        config = _resolve(config, tokenizer)
+        return Setup(config, corpus, tokenizer, _token_map(config, corpus, tokenizer))
     run = load_run(checkpoints, resume_step)
     tokenizer = data.tokenizer_from_json(run["tokenizer"])
     setup = Setup(_resolve(config, tokenizer), corpus, tokenizer)
@@ -69,17 +81,15 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
     return setup
 
 
-def token_map(setup: Setup) -> Assignment | None:
-    """The token map of a new run with a VQ head; None for other heads."""
-    config = setup.config
+def _token_map(config: schema.Config, corpus: Corpus, tokenizer: Tokenizer) -> Assignment | None:
     head, vocab_size = config.model.head, config.model.known_vocab_size()
     if not isinstance(head, schema.VQHead):
         return None
     counts = None
     if head.assignment == "frequency":
         counts = data.cached_token_counts(
-            setup.tokenizer,
-            setup.corpus,
+            tokenizer,
+            corpus,
             data.cache_directory(config.data.cache_dir),
             config.data.count_documents,
         )
@@ -102,14 +112,19 @@ def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:
 
 def _check_same_run(setup: Setup, run: dict[str, Any], path: Path) -> None:
     saved, wanted = _flat(to_json(from_json(run["config"]))), _flat(to_json(setup.config))
-    saved["corpus"], wanted["corpus"] = run["corpus"]["fingerprint"], setup.corpus.fingerprint
     for name in sorted(saved.keys() | wanted.keys()):
-        fixed = name.startswith(("data.", "model.", "corpus")) and name not in _MAY_DIFFER
+        fixed = name.startswith(("data.", "model.")) and name not in _MAY_DIFFER
         if fixed and saved.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{name}={wanted.get(name)!r}: the checkpoint {str(path)!r} was made with "
                 f"{saved.get(name)!r}; use that value, or another --workdir"
             )
+    if setup.corpus.fingerprint != run["corpus"]["fingerprint"]:
+        raise CheckpointError(
+            f"data.dataset: its text is not that of the checkpoint {str(path)!r} (fingerprint "
+            f"{setup.corpus.fingerprint}, was {run['corpus']['fingerprint']}); "
+            "use that text, or another --workdir"
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

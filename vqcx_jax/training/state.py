@@ -60,7 +60,9 @@ def init_state(
         _, params, buffers = functional.split(build_model(config, assignment, key))
         return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.train.seed))
+    # With Explicit axes random numbers would be made whole on every device, then cut.
+    sharded_init = jax.sharding.auto_axes(init, out_sharding=shardings)
+    return jax.jit(sharded_init, out_shardings=shardings)(jax.random.key(config.train.seed))
 
 
 def abstract_state(

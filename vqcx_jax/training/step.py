@@ -26,7 +26,7 @@ def make_train_step(
     all A, divided once by the number of tokens, so A changes memory and not the result.
 
     Metrics, float32 (): loss (mean nll per token, nats), grad_norm (before clipping),
-    learning_rate, tokens.
+    learning_rate, param_norm (after the step), tokens.
     """
     gradient = jax.grad(summed_nll, argnums=1, has_aux=True)
 
@@ -43,13 +43,14 @@ def make_train_step(
         tokens = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": nll / tokens,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "param_norm": optax.tree.norm(params),
             "tokens": tokens,
         }
-        params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, state.buffers, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

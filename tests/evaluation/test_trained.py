@@ -1,0 +1,111 @@
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import save_checkpoint, tiny_config
+
+from vqcx_jax.errors import CheckpointError, DataError
+from vqcx_jax.evaluation import TrainedModel
+from vqcx_jax.training.state import TrainState
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def saved(workdir: Path) -> TrainState:
+    config = tiny_config(workdir)
+    save_checkpoint(config, workdir / "run", step=3)
+    return save_checkpoint(config, workdir / "run", step=8)
+
+
+@pytest.fixture(scope="module")
+def model(workdir: Path, saved: TrainState) -> TrainedModel:
+    return TrainedModel.load(workdir / "run")
+
+
+def test_what_is_loaded(workdir: Path, saved: TrainState, model: TrainedModel) -> None:
+    assert model.step == 8
+    assert model.config == tiny_config(workdir)
+    assert model.tokenizer.to_json() == {"kind": "bytes"}
+    jax.tree.map(np.testing.assert_array_equal, model.params, saved.params)
+    jax.tree.map(np.testing.assert_array_equal, model.buffers, saved.buffers)
+    table = model.params["embedding"]["table"]
+    assert table.addressable_shards[0].data.shape == (264, 16 // 8)
+
+
+def test_a_copied_checkpoint_is_enough(workdir: Path, model: TrainedModel, tmp_path: Path) -> None:
+    shutil.copytree(workdir / "run/checkpoints/8", tmp_path / "copy/8")
+    for path in (tmp_path / "copy", tmp_path / "copy/8"):
+        copy = TrainedModel.load(path)
+        assert copy.step == 8
+        jax.tree.map(np.testing.assert_array_equal, copy.params, model.params)
+    texts = [m.generate("the", max_tokens=10, seed=0, temperature=0.0) for m in (copy, model)]
+    assert texts[0] == texts[1]
+
+
+def test_missing_step(workdir: Path, saved: TrainState) -> None:
+    assert TrainedModel.load(workdir / "run", 3).step == 3
+    with pytest.raises(CheckpointError, match="step=5: .* has the steps \\[3, 8\\]"):
+        TrainedModel.load(workdir / "run", 5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model__embed_dim": "12", "mesh__fsdp": "4"},
+        {
+            "model__mlp_dim": "36",
+            "sharding__batch": "data",
+            "sharding__embed": "",
+            "sharding__mlp": "fsdp",
+            "mesh__fsdp": "4",
+        },
+        {
+            "model__vocab_size": "268",
+            "sharding__embed": "",
+            "sharding__vocab": "fsdp",
+            "mesh__fsdp": "4",
+        },
+        {"sharding__batch": "data"},
+    ],
+)
+def test_mesh_and_rules_of_the_training_run_do_not_matter(
+    tmp_path: Path, overrides: dict[str, str]
+) -> None:
+    state = save_checkpoint(tiny_config(tmp_path, **overrides), tmp_path / "run")
+    loaded = TrainedModel.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, state.params)
+    assert loaded.perplexity("validation").loss.tokens > 0
+
+
+def test_perplexity(workdir: Path, model: TrainedModel) -> None:
+    result = model.perplexity("train")
+    some = model.perplexity("train", num_documents=4)
+    assert some.units.documents == 4 < result.units.documents
+    # A bytes tokenizer: one token a byte, and one end a document.
+    for part in (result, some):
+        assert part.loss.tokens == part.units.bytes + part.units.documents
+    assert some.loss.nll < result.loss.nll
+    assert 1 < result.loss.perplexity < some.loss.word_perplexity(some.units.words)
+
+
+def test_perplexity_with_another_cache(model: TrainedModel, tmp_path: Path) -> None:
+    expected = model.perplexity("validation")
+    assert model.perplexity("validation", cache_dir=str(tmp_path / "cache")) == expected
+    assert (tmp_path / "cache/corpora").is_dir()
+
+
+def test_split_that_is_not_there(model: TrainedModel) -> None:
+    with pytest.raises(DataError, match="split='test'"):
+        model.perplexity("test")
+
+
+def test_text(model: TrainedModel) -> None:
+    first = model.generate("the", max_tokens=10, seed=0)
+    assert model.generate("the", max_tokens=10, seed=0) == first
+    assert model.generate("the", max_tokens=10, seed=1) != first

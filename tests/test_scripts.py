@@ -1,0 +1,330 @@
+"""train.py and eval.py as a user runs them: stopped, killed, going on, and given bad input."""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import records, tiny_config
+
+from vqcx_jax.config import schema, to_json
+
+ROOT = Path(__file__).parents[1]
+STEPS = 120
+CONFIG_FILE = """
+from vqcx_jax.config import from_json
+
+def get_config():
+    return from_json({fields!r})
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Shell:
+    """Runs the scripts in a directory of their own, with nothing of the user's environment."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.home = directory / "home"
+        self.home.mkdir()
+
+    def write_config(self, config: schema.Config) -> None:
+        text = CONFIG_FILE.format(fields=to_json(config))
+        (self.directory / "config.py").write_text(text)
+
+    def start(self, *argv: str, platform: str = "cpu") -> subprocess.Popen[str]:
+        script, *arguments = argv
+        env = {
+            "HOME": str(self.home),
+            "PATH": os.environ["PATH"],
+            "JAX_PLATFORMS": platform,
+            # Compiles in half the time.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=self.directory,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *argv: str, platform: str = "cpu") -> Finished:
+        return finish(self.start(*argv, platform=platform))
+
+    def train(self, workdir: str, *overrides: str) -> subprocess.Popen[str]:
+        return self.start("train.py", "--config=config.py", f"--workdir={workdir}", *overrides)
+
+
+def finish(process: subprocess.Popen[str]) -> Finished:
+    stdout, stderr = process.communicate(timeout=120)
+    return Finished(process.returncode, stdout, stderr)
+
+
+def wait_for_lines(process: subprocess.Popen[str], workdir: Path, lines: int) -> None:
+    """Returns once metrics.jsonl has that many lines."""
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, finish(process)
+        time.sleep(0.005)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """One training run, uninterrupted, and twice in two processes."""
+
+    shell: Shell
+    whole: Finished
+    stopped: Finished
+    stopped_at: list[dict[str, Any]]
+    continued: Finished
+    killed: Finished
+    killed_at: list[dict[str, Any]]
+    recovered: Finished
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    directory = tmp_path_factory.mktemp("runs")
+    shell = Shell(directory)
+    shell.write_config(
+        tiny_config(
+            directory,
+            train__steps=str(STEPS),
+            train__grad_accumulation="2",
+            # So that every stop is between a step and its evaluation.
+            train__eval_every="1",
+            train__eval_batches="none",
+            train__checkpoint_every="25",
+            train__sample_tokens="8",
+        )
+    )
+    whole, stopped = shell.train("whole"), shell.train("stopped")
+    wait_for_lines(stopped, directory / "stopped", 40)
+    stopped.send_signal(signal.SIGTERM)
+    whole_end, stopped_end = finish(whole), finish(stopped)
+    stopped_at = records(directory / "stopped")
+    continued, killed = shell.train("stopped"), shell.train("killed")
+    wait_for_lines(killed, directory / "killed", 120)
+    killed.kill()
+    continued_end, killed_end = finish(continued), finish(killed)
+    killed_at = records(directory / "killed")
+    recovered_end = finish(shell.train("killed"))
+    return Runs(
+        shell,
+        whole_end,
+        stopped_end,
+        stopped_at,
+        continued_end,
+        killed_end,
+        killed_at,
+        recovered_end,
+    )
+
+
+def without_time(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "time"} for record in metrics]
+
+
+def test_uninterrupted_run(runs: Runs) -> None:
+    assert runs.whole.code == 0
+    metrics = records(runs.shell.directory / "whole")
+    assert [r["step"] for r in metrics if "loss" in r] == list(range(1, STEPS + 1))
+    evaluated = [r["step"] for r in metrics if "validation_loss" in r]
+    assert evaluated == list(range(1, STEPS + 1))
+    assert metrics[-2]["loss"] < metrics[0]["loss"] - 1
+    validation = metrics[-1]["validation_perplexity"]
+    assert f"validation perplexity {validation:.2f} per token" in runs.whole.stdout
+    assert f"step {STEPS}, checkpoint " in runs.whole.stdout
+    assert "sample:" in runs.whole.stdout
+
+
+def test_sigterm_saves_and_says_how_to_go_on(runs: Runs) -> None:
+    step = runs.stopped_at[-1]["step"]
+    assert 20 <= step < STEPS
+    assert runs.stopped.code == 0
+    checkpoint = runs.shell.directory / "stopped/checkpoints" / str(step)
+    assert f"step {step}, checkpoint {checkpoint}" in runs.stopped.stdout
+    assert "stopped by a signal; the same command goes on from here" in runs.stopped.stdout
+
+
+@pytest.mark.parametrize("name", ["stopped", "killed"])
+def test_interrupted_run_equals_uninterrupted_run(runs: Runs, name: str) -> None:
+    before = {"stopped": runs.stopped_at, "killed": runs.killed_at}[name]
+    assert before[-1]["step"] < STEPS
+    end = {"stopped": runs.continued, "killed": runs.recovered}[name]
+    assert end.code == 0
+    metrics = records(runs.shell.directory / name)
+    # Python's JSON keeps every bit of a float.
+    assert without_time(metrics) == without_time(records(runs.shell.directory / "whole"))
+    # It did go on and not start afresh: what was written before is still there.
+    kept = [record for record in metrics if record in before]
+    assert len(kept) >= 40
+    assert (
+        end.stdout.partition("sample:")[2].partition("next:")[0]
+        == (runs.whole.stdout.partition("sample:")[2].partition("next:")[0])
+    )
+
+
+def test_kill_is_a_kill(runs: Runs) -> None:
+    assert runs.killed.code == -signal.SIGKILL
+
+
+def test_terminal_has_nothing_but_the_progress_bar(runs: Runs) -> None:
+    for end in (runs.whole, runs.stopped, runs.continued, runs.recovered):
+        lines = [line for line in re.split(r"[\r\n]", end.stderr) if line.strip()]
+        assert [line for line in lines if not re.match(r" *\d+%\|", line)] == []
+
+
+def test_nothing_is_written_elsewhere(runs: Runs) -> None:
+    assert list(runs.shell.home.iterdir()) == []
+    written = {"config.py", "documents.jsonl", "cache", "home", "whole", "stopped", "killed"}
+    assert {path.name for path in runs.shell.directory.iterdir()} == written
+
+
+def test_perplexity_of_a_run(runs: Runs) -> None:
+    end = runs.shell.run("eval.py", "--checkpoint=whole")
+    assert (end.code, end.stderr) == (0, "")
+    number = r"([\d,]+(?:\.\d+)?)"
+    match = re.fullmatch(
+        rf"step {STEPS}, validation: {number} documents\n"
+        rf"perplexity per token +{number} +\({number} tokens\)\n"
+        rf"perplexity per word +{number} +\({number} words\)\n"
+        rf"bits per byte +{number} +\({number} bytes\)\n",
+        end.stdout,
+    )
+    assert match, end.stdout
+    documents, per_token, tokens, per_word, words, bits, num_bytes = (
+        float(group.replace(",", "")) for group in match.groups()
+    )
+    assert tokens == num_bytes + documents  # A bytes tokenizer, and the end of each.
+    validation = records(runs.shell.directory / "whole")[-1]
+    assert per_token == pytest.approx(validation["validation_perplexity"], rel=1e-4)
+    nll = validation["validation_loss"] * tokens
+    assert per_word == pytest.approx(math.exp(nll / words), rel=1e-4)
+    assert bits == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-3)
+
+
+def test_text_of_a_moved_run(runs: Runs) -> None:
+    shutil.copytree(runs.shell.directory / "whole", runs.shell.directory / "home/moved")
+    end = runs.shell.run(
+        "eval.py",
+        "--checkpoint=home/moved",
+        "--task=generate",
+        "--prompt=the quick",
+        "--max_tokens=12",
+        "--temperature=0",
+    )
+    shutil.rmtree(runs.shell.directory / "home/moved")
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout.startswith("the quick")
+    assert len(end.stdout.rstrip("\n")) <= len("the quick") + 12
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    directory = tmp_path_factory.mktemp("shell")
+    shell = Shell(directory)
+    shell.write_config(tiny_config(directory))
+    return shell
+
+
+def check_one_line(end: Finished, code: int, message: str) -> None:
+    assert end.code == code, end
+    assert end.stdout == ""
+    line = end.stderr.removesuffix("\n")
+    assert line.startswith("error: ") and "\n" not in line
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.stesp=3"], "train.stesp: no such field (did you mean train.steps?)"),
+        (["--config.train.steps=ten"], "train.steps='ten': must be a valid integer"),
+        (["--config=none.py"], "none.py: no such configuration file"),
+        (["--config.optimizer.warmup_steps=6"], "must be less than train.steps=6"),
+        (["--wrokdir=x"], "--wrokdir: no such flag (did you mean --workdir?)"),
+    ],
+)
+def test_bad_config(shell: Shell, arguments: list[str], message: str) -> None:
+    """No device is asked for: there is none of this platform."""
+    argv = ["--config=config.py", "--workdir=run", *arguments]
+    check_one_line(shell.run("train.py", *argv, platform="nonesuch"), 2, message)
+    assert not (shell.directory / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh.data=4", "mesh.data=4 * mesh.fsdp=1 * mesh.tensor=1"),
+        ("data.dataset.path=nowhere", "data.dataset.path='nowhere': no such text"),
+        ("data.tokenizer.kind=bpe", "data.tokenizer.vocab_size=4096: the training text gives only"),
+        ("model.vocab_size=20", "model.head.num_codes=32: must be at most model.vocab_size=20"),
+    ],
+)
+def test_config_that_does_not_fit_the_machine_or_the_text(
+    shell: Shell, override: str, message: str
+) -> None:
+    end = finish(shell.train("run", f"--config.{override}"))
+    check_one_line(end, 2, message)
+    assert not (shell.directory / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--checkpoint: is missing, must be given"),
+        (["--checkpoint=nowhere"], "nowhere': no checkpoint found there"),
+        (["--checkpoint=nowhere", "--split=dev"], "--split='dev': must be 'train', 'validation'"),
+    ],
+)
+def test_bad_evaluation(shell: Shell, arguments: list[str], message: str) -> None:
+    check_one_line(shell.run("eval.py", *arguments, platform="nonesuch"), 2, message)
+    assert not (shell.directory / "nowhere").exists()
+
+
+def test_missing_step_and_split(runs: Runs) -> None:
+    end = runs.shell.run("eval.py", "--checkpoint=whole", "--step=3", platform="nonesuch")
+    check_one_line(end, 2, "step=3: ")
+    end = runs.shell.run("eval.py", "--checkpoint=whole", "--split=test")
+    check_one_line(end, 2, "split='test'")
+
+
+def test_other_architecture(runs: Runs) -> None:
+    end = finish(runs.shell.train("whole", "--config.model.mlp_dim=64"))
+    check_one_line(end, 2, "params/blocks/mlp/up: float32(2, 16, 32) in the checkpoint")
+    assert len(records(runs.shell.directory / "whole")) == 2 * STEPS
+
+
+def test_divergence(shell: Shell) -> None:
+    """A loss that is finite, of a step that makes weights which are not."""
+    end = finish(
+        shell.train(
+            "diverging",
+            "--config.optimizer.learning_rate=1e25",
+            "--config.optimizer.warmup_steps=0",
+            "--config.train.checkpoint_every=1",
+        )
+    )
+    assert end.code == 1
+    line = end.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in end.stderr
+    assert "param_norm is inf at step 1; last good checkpoint: there is none" in line
+    assert records(shell.directory / "diverging") == []
+    assert list((shell.directory / "diverging/checkpoints").iterdir()) == []

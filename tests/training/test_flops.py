@@ -1,0 +1,58 @@
+from typing import cast
+
+import jax
+import pytest
+
+from vqcx_jax.config import schema
+from vqcx_jax.training.flops import matrix_parameters, peak_flops, train_flops_per_token
+
+MODEL = schema.Model(
+    vocab_size=100,
+    embed_dim=8,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=20,
+    head=schema.VQHead(num_codes=10),
+)
+
+
+def test_by_hand() -> None:
+    # A layer: q and out 8 x 4 x 6, k and v 8 x 2 x 6, three MLP matrices 8 x 20.
+    layer = 2 * 192 + 2 * 96 + 3 * 160
+    assert matrix_parameters(MODEL) == (3 * layer, 10 * 8)
+    # Scores and values of a token: 16 / 2 positions seen on average, 4 heads of 6, twice 2 FLOPs
+    # forward and twice that backward.
+    attention = 3 * (16 / 2) * 4 * 6 * 4 * 3
+    assert train_flops_per_token(MODEL, 16) == 6 * (3 * layer + 80) + attention
+
+
+def test_full_head_multiplies_with_every_row() -> None:
+    full = schema.Model(vocab_size=100, embed_dim=8, head=schema.FullHead())
+    assert matrix_parameters(full)[1] == 800
+
+
+class Device:
+    def __init__(self, kind: str):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_of_the_longest_name_that_fits(kind: str, peak: float | None) -> None:
+    assert peak_flops(cast(jax.Device, Device(kind))) == peak
+
+
+def test_peak_of_a_cpu_is_unknown() -> None:
+    assert peak_flops(jax.devices("cpu")[0]) is None

@@ -1,0 +1,106 @@
+"""Stopping on a signal, in one process and in several."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_run import records, tiny_config
+
+from vqcx_jax import checkpoint
+from vqcx_jax.config import to_json
+from vqcx_jax.training.interrupt import StopSignal
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+def number(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def outside(number: int) -> Iterator[list[int]]:
+    """The signals that a handler outside has seen."""
+    seen: list[int] = []
+    previous = signal.signal(number, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(number, previous)
+
+
+def test_first_signal_is_a_request_and_the_second_acts_as_usual(
+    number: int, outside: list[int]
+) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), number)
+        assert stop.requested(2)
+        assert outside == []
+        os.kill(os.getpid(), number)
+        assert outside == [number]
+        assert stop.requested(3)
+
+
+def test_handlers_are_put_back(number: int, outside: list[int]) -> None:
+    before = signal.getsignal(number)
+    with StopSignal():
+        assert signal.getsignal(number) != before
+    assert signal.getsignal(number) == before
+    os.kill(os.getpid(), number)
+    assert outside == [number]
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import jax
+from vqcx_jax.config import from_json
+from vqcx_jax.training import train
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_disable_most_optimizations", True)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+result = train(from_json({fields!r}), Path("run"))
+print("stopped at", result.step)
+"""
+
+
+def test_processes_stop_after_the_same_step(tmp_path: Path) -> None:
+    """A signal to one of them stops all."""
+    config = tiny_config(tmp_path, train__steps="100000", train__checkpoint_every="100000")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES.format(fields=to_json(config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "script.py", address, str(index)],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        metrics = tmp_path / "run/metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    stopped = [re.search(r"stopped at (\d+)", output[0]) for output in outputs]
+    assert stopped[0] and stopped[1]
+    step = int(stopped[0][1])
+    assert int(stopped[1][1]) == step
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [step]
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, step + 1))

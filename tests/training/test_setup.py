@@ -1,0 +1,149 @@
+"""What a run may change when it goes on from a checkpoint, and what a user reads if it may not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import save_checkpoint, tiny_config, write_documents
+
+from vqcx_jax.errors import CheckpointError, UserError
+from vqcx_jax.training.setup import Setup, prepare
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("corpus")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    save_checkpoint(tiny_config(corpus), workdir, step=3)
+    return workdir / "checkpoints"
+
+
+def resume(corpus: Path, checkpoints: Path, **overrides: str) -> Setup:
+    return prepare(tiny_config(corpus, **overrides), checkpoints, 3)
+
+
+def test_the_same_config_goes_on(corpus: Path, checkpoints: Path) -> None:
+    setup = resume(corpus, checkpoints)
+    assert setup.config == tiny_config(corpus)
+    assert setup.assignment is None  # It is in the checkpoint.
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"optimizer__learning_rate": "0.5"},
+        {"train__steps": "100"},
+        {"train__grad_accumulation": "1"},
+        {"mesh__fsdp": "8"},
+        {"sharding__embed": ""},
+        {"data__prefetch": "1"},
+        {"model__dtype": "bfloat16"},
+        {"model__remat": "full"},
+    ],
+)
+def test_how_a_run_is_computed_may_change(
+    corpus: Path, checkpoints: Path, overrides: dict[str, str]
+) -> None:
+    assert resume(corpus, checkpoints, **overrides).config == tiny_config(corpus, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__seq_len": "64"}, "data.seq_len=64: the checkpoint"),
+        ({"data__batch_size": "16"}, "data.batch_size=16: the checkpoint"),
+        ({"data__shuffle_seed": "1"}, "data.shuffle_seed=1: the checkpoint"),
+        ({"model__attention__rope_base": "500.0"}, "model.attention.rope_base=500.0: the check"),
+        ({"data__tokenizer__kind": "word"}, "data.tokenizer.kind='word': the checkpoint"),
+        ({"data__dataset__validation_fraction": "0.5"}, "data.dataset.validation_fraction=0.5:"),
+        ({"model__head__assignment": "random"}, "model.head.assignment='random': the checkpoint"),
+    ],
+)
+def test_other_data_or_model_is_named(
+    corpus: Path, checkpoints: Path, overrides: dict[str, str], message: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resume(corpus, checkpoints, **overrides)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert str(checkpoints / "3") in str(caught.value)
+
+
+def test_other_text_at_the_same_place_is_named(corpus: Path, checkpoints: Path) -> None:
+    config = tiny_config(corpus)
+    path = corpus / "documents.jsonl"
+    before = path.read_text()
+    write_documents(path, seed=1)
+    with pytest.raises(CheckpointError, match="^data.dataset: its text is not that of the check"):
+        prepare(config, checkpoints, 3)
+    path.write_text(before)
+
+
+def test_text_may_move(checkpoints: Path, tmp_path: Path) -> None:
+    setup = prepare(tiny_config(tmp_path), checkpoints, 3)
+    assert setup.config == tiny_config(tmp_path)
+
+
+def test_another_architecture_names_every_weight(corpus: Path, checkpoints: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        resume(
+            corpus,
+            checkpoints,
+            model__mlp_dim="64",
+            model__head__kind="full",
+            model__num_layers="3",
+        )
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "of another architecture" in message
+    for part in (
+        "params/blocks/mlp/down: float32(2, 32, 16) in the checkpoint, float32(3, 64, 16) in the",
+        "params/blocks/mlp/up: float32(2, 16, 32)",
+        "params/blocks/mlp/gate: ",
+        "params/blocks/attention/q: ",
+        "params/head/codes: float32(32, 16) in the checkpoint, none in the model",
+        "params/head/weights: none in the checkpoint, float32(264, 16) in the model",
+        "buffers/head/assignment: int32(264,) in the checkpoint, none in the model",
+    ):
+        assert part in message
+    assert "embedding" not in message
+
+
+def test_token_map_follows_the_counts_of_the_training_text(corpus: Path, tmp_path: Path) -> None:
+    setup = prepare(tiny_config(corpus), tmp_path, None)
+    assert setup.assignment is not None
+    codes = setup.assignment.codes_of_tokens
+    assert codes.shape == (264,) and set(codes) == set(range(32))
+    # A blank and an e are frequent and have codes of their own; unseen bytes share.
+    for character in " e":
+        assert np.sum(codes == codes[ord(character)]) == 1
+    assert np.sum(codes == codes[0]) > 10
+
+
+def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path: Path) -> None:
+    setup = prepare(tiny_config(corpus, model__vocab_size="none"), tmp_path, None)
+    assert setup.config.model.vocab_size == setup.tokenizer.vocab_size == 257
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"data__dataset__path": "nowhere"}, "data.dataset.path='nowhere'"),
+        ({"data__dataset__text_field": "body"}, "data.dataset.text_field='body'"),
+        ({"data__tokenizer__kind": "bpe"}, "data.tokenizer.vocab_size=4096"),
+        (
+            {"model__head__assignment": "kmeans", "model__head__vectors": "none.npy"},
+            "model.head.vectors='none.npy'",
+        ),
+    ],
+)
+def test_run_that_cannot_start_writes_nothing(
+    corpus: Path, tmp_path: Path, override: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(tiny_config(corpus, **override), tmp_path / "run/checkpoints", None)
+    assert not (tmp_path / "run").exists()
