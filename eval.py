@@ -21,6 +21,7 @@ class Flags:
         "validation"
     )
     num_documents: Annotated[Positive | None, "perplexity: of the first so many; none: all"] = None
+    path: Annotated[str | None, "perplexity: where the text is; none: as in training"] = None
     cache_dir: Annotated[str | None, "perplexity: prepared corpora; none: as in training"] = None
     prompt: Annotated[str, "generate: text to continue"] = ""
     max_tokens: Annotated[Positive, "generate: at most so many tokens"] = 128
@@ -41,10 +42,15 @@ def main() -> None:
         print(flags.prompt + text)
         return
     result = model.perplexity(
-        flags.split, cache_dir=flags.cache_dir, num_documents=flags.num_documents
+        flags.split,
+        path=flags.path,
+        cache_dir=flags.cache_dir,
+        num_documents=flags.num_documents,
     )
     loss, units = result.loss, result.units
     print(f"step {model.step}, {flags.split}: {units.documents:,} documents")
+    if not result.same_corpus:
+        print("note: this is not the text of the training run; its splits may overlap with it")
     print(f"perplexity per token  {loss.perplexity:.4f}  ({loss.tokens:,} tokens)")
     print(f"perplexity per word   {loss.word_perplexity(units.words):.4f}  ({units.words:,} words)")
     print(f"bits per byte         {loss.bits_per_byte(units.bytes):.4f}  ({units.bytes:,} bytes)")

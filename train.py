@@ -1,6 +1,7 @@
 """Trains a language model: python train.py --config=configs/NAME.py --workdir=DIR."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,15 +24,19 @@ class Flags:
 def main() -> None:
     flags, overrides = cli.parse_args(Flags, sys.argv[1:])
     config = apply_overrides(load_config(flags.config), overrides)
-    result = train(config, Path(flags.workdir))
+    workdir = Path(flags.workdir).expanduser()
+    result = train(config, workdir)
     print(f"\nstep {result.step}, checkpoint {result.checkpoint}")
-    if result.validation is None:
+    if result.stopped_by:
         print("stopped by a signal; the same command goes on from here")
-        return
+        sys.exit(128 + result.stopped_by)
+    assert result.validation is not None
     print(f"validation perplexity {result.validation.perplexity:.2f} per token")
+    prompt = config.train.sample_prompt
     if result.sample:
-        print(f"sample:\n{result.sample}\n")
-    print(f"next: python eval.py --checkpoint={flags.workdir} --task=generate --prompt='import '")
+        print(f"sample:\n{prompt}{result.sample}\n")
+    command = ["python", "eval.py", f"--checkpoint={workdir}", "--task=generate", "--seed=1"]
+    print("next:", shlex.join([*command, f"--prompt={prompt}"] if prompt else command))
 
 
 if __name__ == "__main__":

@@ -27,5 +27,10 @@ def get_config() -> schema.Config:
             batch_size=128,
         ),
         optimizer=schema.Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=1000),
-        train=schema.Training(steps=20_000, eval_every=1000, checkpoint_every=1000),
+        train=schema.Training(
+            steps=20_000,
+            eval_every=1000,
+            checkpoint_every=1000,
+            final_eval_batches=200,
+        ),
     )

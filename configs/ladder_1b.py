@@ -29,6 +29,11 @@ def get_config() -> schema.Config:
             batch_size=512,
         ),
         optimizer=schema.Optimizer(learning_rate=5e-4, schedule="wsd", warmup_steps=1000),
-        train=schema.Training(steps=24_000, eval_every=1000, checkpoint_every=1000),
+        train=schema.Training(
+            steps=24_000,
+            eval_every=1000,
+            checkpoint_every=1000,
+            final_eval_batches=200,
+        ),
         mesh=schema.Mesh(data=1, fsdp=-1),
     )

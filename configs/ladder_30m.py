@@ -27,5 +27,10 @@ def get_config() -> schema.Config:
             batch_size=64,
         ),
         optimizer=schema.Optimizer(learning_rate=2e-3, schedule="wsd", warmup_steps=500),
-        train=schema.Training(steps=9500, eval_every=500, checkpoint_every=500),
+        train=schema.Training(
+            steps=9500,
+            eval_every=500,
+            checkpoint_every=500,
+            final_eval_batches=200,
+        ),
     )

@@ -157,7 +157,7 @@ def test_uninterrupted_run(runs: Runs) -> None:
 def test_sigterm_saves_and_says_how_to_go_on(runs: Runs) -> None:
     step = runs.stopped_at[-1]["step"]
     assert 20 <= step < STEPS
-    assert runs.stopped.code == 0
+    assert runs.stopped.code == 128 + signal.SIGTERM
     checkpoint = runs.shell.directory / "stopped/checkpoints" / str(step)
     assert f"step {step}, checkpoint {checkpoint}" in runs.stopped.stdout
     assert "stopped by a signal; the same command goes on from here" in runs.stopped.stdout

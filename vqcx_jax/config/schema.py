@@ -245,6 +245,8 @@ class Training:
     eval_every: NonNegative = 100
     # Validation batches in a periodic evaluation. None: the whole split.
     eval_batches: Positive | None = 20
+    # Validation batches in the evaluation after the last step. None: the whole split.
+    final_eval_batches: Positive | None = None
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
     # Keep for good every checkpoint whose step is a multiple of this. None: none.

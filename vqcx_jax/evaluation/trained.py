@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from vqcx_jax import checkpoint, data
-from vqcx_jax.config import from_json, schema
+from vqcx_jax.config import apply_overrides, from_json, schema
 from vqcx_jax.data import Tokenizer
 from vqcx_jax.evaluation.perplexity import SplitLoss, make_eval_step, split_loss
 from vqcx_jax.evaluation.sample import sample_text
@@ -18,10 +18,14 @@ from vqcx_jax.sharding import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Loss of a split and the size of its text."""
+    """Loss of a split and the size of its text.
+
+    `same_corpus`: whether it is the text of the training run, or has changed since.
+    """
 
     loss: SplitLoss
     units: data.Units
+    same_corpus: bool
 
 
 class TrainedModel:
@@ -41,9 +45,11 @@ class TrainedModel:
         buffers: Tree,
         mesh: jax.sharding.Mesh,
         step: int,
+        corpus_fingerprint: str,
     ):
         self.config = config
         self.tokenizer = tokenizer
+        self.corpus_fingerprint = corpus_fingerprint
         self.params = params
         self.buffers = buffers
         self.mesh = mesh
@@ -80,19 +86,32 @@ class TrainedModel:
         }
         loaded = checkpoint.load_model(directory, step, abstract)
         tokenizer = data.tokenizer_from_json(run["tokenizer"])
-        return cls(config, tokenizer, loaded["params"], loaded["buffers"], mesh, step)
+        fingerprint = run["corpus"]["fingerprint"]
+        return cls(config, tokenizer, loaded["params"], loaded["buffers"], mesh, step, fingerprint)
 
     def perplexity(
-        self, split: str, *, cache_dir: str | None = None, num_documents: int | None = None
+        self,
+        split: str,
+        *,
+        path: str | None = None,
+        cache_dir: str | None = None,
+        num_documents: int | None = None,
     ) -> Perplexity:
         """Loss over a split of the corpus that the model was trained on.
 
         Args:
             split: "train", "validation" or "test".
+            path: where the text lies on this machine (`data.dataset.path`); None: as in training.
             cache_dir: where prepared corpora are kept on this machine; None: as in training.
             num_documents: only the first so many; None: all.
+
+        Raises:
+            ConfigError: a path for a dataset that has none.
+            DataError: the text cannot be read, or has no such split.
         """
         config = self.config
+        if path is not None:
+            config = apply_overrides(config, [("data.dataset.path", path)])
         directory = data.cache_directory(cache_dir or config.data.cache_dir)
         corpus = data.open_corpus(config.data.dataset, directory)
         source = corpus.split(split)
@@ -115,7 +134,11 @@ class TrainedModel:
                 self.mesh,
                 config.sharding,
             )
-        return Perplexity(loss, data.count_units(source, num_documents))
+        return Perplexity(
+            loss,
+            data.count_units(source, num_documents),
+            corpus.fingerprint == self.corpus_fingerprint,
+        )
 
     def generate(self, prompt: str, *, max_tokens: int, seed: int, temperature: float = 1.0) -> str:
         """The text that the model adds to `prompt`, up to the end of the document."""

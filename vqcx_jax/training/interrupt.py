@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a request to stop after the current step, with a checkpoint."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,15 +13,17 @@ class StopSignal:
     """A context in which the first SIGTERM or SIGINT sets a flag; a second one acts as usual.
 
     In a multi-host run JAX itself catches SIGTERM, to agree with the other processes on a step;
-    SIGINT acts as usual.
+    SIGINT acts as usual. So do both outside the main thread (in notebooks, say), where Python
+    lets nobody catch signals.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._received: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if jax.process_count() > 1:
+        main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() > 1 or not main_thread:
             return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
@@ -34,14 +37,14 @@ class StopSignal:
     ) -> None:
         self._restore()
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`. All processes of a multi-host run answer alike."""
+    def received(self, step: int) -> int | None:
+        """The signal that asks to stop after `step`; all processes of a run answer alike."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._requested
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._received
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        self._received = number
         self._restore()
 
     def _restore(self) -> None:

@@ -23,6 +23,7 @@ from vqcx_jax.training.reporting import Reporter
 from vqcx_jax.training.setup import Setup, prepare
 from vqcx_jax.training.state import abstract_state, init_state, state_shardings
 from vqcx_jax.training.step import make_train_step
+from vqcx_jax.training.summary import run_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +33,16 @@ class TrainResult:
     Attributes:
         step: steps done; fewer than `config.train.steps` when a signal stopped the run.
         checkpoint: directory of the checkpoint of that step.
-        validation: loss on the validation split (its first `eval_batches`); None if stopped.
+        validation: loss on the validation split (its first `final_eval_batches`); None if stopped.
         sample: generated text; empty if stopped or not asked for.
+        stopped_by: the signal that stopped the run early.
     """
 
     step: int
     checkpoint: Path
     validation: SplitLoss | None = None
     sample: str = ""
+    stopped_by: int | None = None
 
 
 def train(config: schema.Config, workdir: Path) -> TrainResult:
@@ -93,11 +96,13 @@ class _Run:
         step = start = int(self.state.step)
         settings = self.config.train
         unread: dict[str, jax.Array] | None = None
+        if jax.process_index() == 0:
+            print(run_summary(self.setup, self.state, self.mesh))
         with Reporter(workdir, self.config, start) as reporter, StopSignal() as stop:
             for step in range(start + 1, settings.steps + 1):
                 # Here and not after the step, so that a run stopped after it does it too.
                 if self._evaluation_is_due(step - 1):
-                    self._evaluate(reporter, step - 1)
+                    self._evaluate(reporter, step - 1, settings.eval_batches)
                 batch = to_microbatches(
                     next(self.batches), settings.grad_accumulation, self.mesh, self.config.sharding
                 )
@@ -106,23 +111,24 @@ class _Run:
                 # the devices are busy with this one.
                 self._report(reporter, step - 1, unread)
                 unread = metrics
-                stopping = stop.requested(step) and step < settings.steps
-                saving = stopping or step == settings.steps or self.checkpoints.is_due(step)
+                stopped_by = stop.received(step) if step < settings.steps else None
+                saving = stopped_by or step == settings.steps or self.checkpoints.is_due(step)
                 if saving or self._evaluation_is_due(step):
                     self._report(reporter, step, unread)
                     unread = None
                 if saving:
                     self.checkpoints.save(step, self.state, self.batches, self.setup.to_json())
                     reporter.restart_clock()
-                if stopping:
-                    return TrainResult(step, self.checkpoints.directory / str(step))
-            validation = self._evaluate(reporter, step)
+                if stopped_by:
+                    path = self.checkpoints.directory / str(step)
+                    return TrainResult(step, path, stopped_by=stopped_by)
+            validation = self._evaluate(reporter, step, settings.final_eval_batches)
         return TrainResult(step, self.checkpoints.directory / str(step), validation, self._sample())
 
     def _report(self, reporter: Reporter, step: int, metrics: dict[str, jax.Array] | None) -> None:
         if metrics is None:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         # A finite loss can still make gradients or weights that are not: no such state is saved.
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
@@ -137,14 +143,16 @@ class _Run:
         every = self.config.train.eval_every
         return step > 0 and every > 0 and step % every == 0
 
-    def _evaluate(self, reporter: Reporter, step: int) -> SplitLoss:
+    def _evaluate(self, reporter: Reporter, step: int, max_batches: int | None) -> SplitLoss:
         config = self.config
+        # Microbatches, as in training: they are what fits. `max_batches` counts whole batches.
+        microbatches = config.train.grad_accumulation
         batches = data.evaluation_dataset(
             self.setup.corpus.split("validation"),
             self.setup.tokenizer,
             vocab_size=config.model.known_vocab_size(),
             seq_len=config.data.seq_len,
-            batch_size=config.data.batch_size // config.train.grad_accumulation,
+            batch_size=config.data.batch_size // microbatches,
         )
         result = split_loss(
             self.eval_step,
@@ -153,7 +161,7 @@ class _Run:
             batches,
             self.mesh,
             config.sharding,
-            max_batches=config.train.eval_batches,
+            max_batches=None if max_batches is None else max_batches * microbatches,
         )
         reporter.evaluation(step, {"loss": result.per_token, "perplexity": result.perplexity})
         return result

@@ -39,7 +39,8 @@ class Reporter:
         self._bar = tqdm.tqdm(
             total=config.train.steps, initial=start_step, unit="step", dynamic_ncols=True
         )
-        self._window_start, self._window_tokens = time.perf_counter(), 0.0
+        self._compiled = False
+        self.restart_clock()
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +62,10 @@ class Reporter:
             return
         self._write({"step": step, **metrics})
         self._bar.update()
+        if not self._compiled:  # The first step's time is the compiler's.
+            self._compiled = True
+            self.restart_clock()
+            return
         self._window_tokens += metrics["tokens"]
         if step % self._log_every and step != self._steps:
             return

@@ -1,0 +1,33 @@
+"""What a run is, in a few lines, before its first step."""
+
+import jax
+
+from vqcx_jax.training.setup import Setup
+from vqcx_jax.training.state import TrainState
+
+
+def run_summary(setup: Setup, state: TrainState, mesh: jax.sharding.Mesh) -> str:
+    """Text, model and devices of a run.
+
+    The output layer's share is its trained arrays over the V x D of a full softmax; a token bias
+    counts, a token map (integers, not trained) does not.
+    """
+    config = setup.config
+    vocab_size, devices = config.model.known_vocab_size(), mesh.devices.flatten()
+    head = _size(state.params["head"])
+    full = vocab_size * config.model.embed_dim
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return "\n".join(
+        [
+            f"text     {setup.corpus.name}, vocabulary of {vocab_size:,} tokens",
+            f"model    {_size(state.params):,} parameters, {head:,} of them in the output layer: "
+            f"{head / full:.1%} of a full softmax's {full:,}",
+            f"devices  {len(devices)} x {devices[0].device_kind} ({shape})",
+            f"steps    {int(state.step):,} done of {config.train.steps:,}, "
+            f"{config.data.batch_size * config.data.seq_len:,} tokens each",
+        ]
+    )
+
+
+def _size(tree: object) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
