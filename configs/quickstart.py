@@ -26,5 +26,11 @@ def get_config() -> schema.Config:
             batch_size=8,
         ),
         optimizer=schema.Optimizer(learning_rate=2e-3, warmup_steps=50),
-        train=schema.Training(steps=300, eval_every=100, checkpoint_every=100),
+        train=schema.Training(
+            steps=700,
+            eval_every=200,
+            checkpoint_every=200,
+            sample_tokens=100,
+            sample_prompt="def ",
+        ),
     )
