@@ -1,6 +1,6 @@
-"""A first run in minutes on a CPU: Python's own source files, BPE of 4,096 tokens, VQ-Logits.
+"""A first run in minutes on a CPU: Python's own source files, BPE of 2,048 tokens, VQ-Logits.
 
-Trunk 1.8M parameters, input embedding 0.8M, codebook 0.1M (a full output layer: 0.8M).
+Trunk 1.8M parameters, input embedding 0.4M, codebook 0.1M (a full output layer: 0.4M).
 """
 
 from vqcx_jax.config import schema
@@ -21,13 +21,13 @@ def get_config() -> schema.Config:
         ),
         data=schema.Data(
             dataset=schema.PythonStdlib(),
-            tokenizer=schema.BPETokenizer(vocab_size=4096),
+            tokenizer=schema.BPETokenizer(vocab_size=2048),
             seq_len=256,
             batch_size=8,
         ),
         optimizer=schema.Optimizer(learning_rate=2e-3, warmup_steps=50),
         train=schema.Training(
-            steps=700,
+            steps=500,
             eval_every=200,
             checkpoint_every=200,
             sample_tokens=100,

@@ -178,6 +178,7 @@ class _Run:
             settings.sample_prompt,
             settings.sample_tokens,
             seed=settings.seed,
+            temperature=0.8,
         )
 
 
