@@ -62,8 +62,10 @@ class Reporter:
             return
         self._write({"step": step, **metrics})
         self._bar.update()
+        shown = {"loss": f"{metrics['loss']:.3f}"}
         if not self._compiled:  # The first step's time is the compiler's.
             self._compiled = True
+            self._bar.set_postfix(shown)
             self.restart_clock()
             return
         self._window_tokens += metrics["tokens"]
@@ -72,7 +74,7 @@ class Reporter:
         speed = self._window_tokens / (time.perf_counter() - self._window_start)
         self.restart_clock()
         scalars = {**metrics, "tokens_per_second": speed}
-        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+        shown["tokens/s"] = f"{speed:,.0f}"
         if self._peak:
             scalars["mfu"] = speed * self._flops_per_token / self._peak
             shown["MFU"] = f"{scalars['mfu']:.1%}"
