@@ -1,5 +1,7 @@
 """VQ-Logits written as the definition reads: scatter code logits to V logits, then softmax."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,50 @@ def nll(
     bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-log softmax(z)[target] and log Z = logsumexp_v z_v, both (...); targets: int (...)."""
-    z = logits(h, codes, assignment, bias)
+    return nll_of_logits(logits(h, codes, assignment, bias), targets)
+
+
+def additive_logits(
+    h: jax.Array,
+    codebooks: Sequence[jax.Array],
+    assignment: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """z_v = sum_m codebooks[m][assignment[v, m]] . h + bias[v].
+
+    Args:
+        h: (..., D). codebooks: M arrays (K_m, D). assignment: int (V, M), column m in [0, K_m).
+        bias: (V,) or None.
+
+    Returns:
+        (..., V).
+    """
+    vectors = jnp.sum(
+        jnp.stack([codes[assignment[:, m]] for m, codes in enumerate(codebooks)]), axis=0
+    )
+    z = h @ vectors.T
+    return z if bias is None else z + bias
+
+
+def product_logits(
+    h: jax.Array,
+    codebooks: Sequence[jax.Array],
+    assignment: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """z_v = concatenate_m(codebooks[m][assignment[v, m]]) . h + bias[v].
+
+    Args:
+        codebooks: M arrays (K_m, D_m), the D_m adding up to D. Others as in `additive_logits`.
+    """
+    vectors = jnp.concatenate(
+        [codes[assignment[:, m]] for m, codes in enumerate(codebooks)], axis=-1
+    )
+    z = h @ vectors.T
+    return z if bias is None else z + bias
+
+
+def nll_of_logits(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log softmax(z)[target] and log Z = logsumexp_v z_v for z (..., V) and targets int (...)."""
     log_z = jax.nn.logsumexp(z, axis=-1)
     return log_z - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0], log_z

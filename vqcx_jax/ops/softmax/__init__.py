@@ -1,5 +1,6 @@
 """The full output layer: V rows, V logits. The baseline of every other head."""
 
 from vqcx_jax.ops.softmax.full import logits, nll
+from vqcx_jax.ops.softmax.streamed import nll as streamed_nll
 
-__all__ = ["logits", "nll"]
+__all__ = ["logits", "nll", "streamed_nll"]

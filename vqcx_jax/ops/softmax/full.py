@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.softmax.product import product
+
 
 def logits(h: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """z_v = weights[v] . h + bias[v], accumulated in float32.
+    """z_v = weights[v] . h + bias[v], by `product`.
 
     Args:
         h: (..., D). weights: (V, D) of the same dtype. bias: (V,) or None.
@@ -13,7 +15,7 @@ def logits(h: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> j
     Returns:
         float32 (..., V).
     """
-    z = jnp.einsum("...d,vd->...v", h, weights, preferred_element_type=jnp.float32)
+    z = product(h, weights)
     return z if bias is None else z + bias.astype(jnp.float32)
 
 

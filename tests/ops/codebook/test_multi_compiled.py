@@ -1,0 +1,53 @@
+"""What the losses of several codebooks compile to: small memory, and the same on a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from multi_cases import Case, Inputs, definition, loss_from_h, make, values_and_gradients
+
+from vqcx_jax.ops.codebook import bilinear, streaming
+
+PATHS = {"bilinear": bilinear.nll, "streaming": streaming.nll}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_large_temporaries(path: str) -> None:
+    """Neither N V, nor for two codebooks N K1 K2, numbers are ever held."""
+    case = Case(20_000, (150, 140), leading=(512,))
+    inputs = make(case)
+
+    def temporary_bytes(loss: Callable[..., Any]) -> int:
+        compiled = jax.jit(values_and_gradients(loss)).lower(inputs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    dense = 4 * 512 * 20_000
+    assert temporary_bytes(definition("additive")) >= dense
+    assert temporary_bytes(loss_from_h(PATHS[path], "additive")) < dense / 5
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("path", PATHS)
+def test_shard_map_over_positions(path: str, scale: float) -> None:
+    """Each device its own positions; gradients by what they share are summed."""
+    inputs = make(Case(300, (64, 50), leading=(16,), logit_scale=scale))
+    loss = loss_from_h(PATHS[path], "additive")
+    row = PartitionSpec("data")
+    whole = PartitionSpec()
+
+    def on_mesh(*args: Any) -> Any:
+        in_specs = (row, whole, whole, whole, row)
+        return jax.shard_map(loss, in_specs=in_specs, out_specs=(row, row))(*args)
+
+    expected = jax.jit(values_and_gradients(loss))(inputs)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        specs = Inputs(row, whole, whole, whole, row, (row, row))
+        actual = jax.jit(values_and_gradients(on_mesh))(jax.device_put(inputs, specs))
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, actual), expected, rtol=1e-5, atol=1e-5 * scale
+    )

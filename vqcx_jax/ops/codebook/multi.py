@@ -1,0 +1,97 @@
+"""VQ-Logits with M codebooks: from hidden states to code logits, and from those to token logits.
+
+Token v has one code in each codebook, assignment[v, m], and the logit
+    z_v = sum_m l^(m)[assignment[v, m]] + bias[v],   l^(m) = codebooks[m] . h (code logits).
+Additive codebooks see all of h, product codebooks a slice each; from the code logits on there is
+no difference. `bilinear` (M = 2) and `streaming` (any M) turn code logits into losses without an
+array of V columns. Code logits are a tuple of M float32 arrays (..., K_m); K_m may differ.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops.codebook import closed_form
+
+CodeLogits = tuple[jax.Array, ...]
+
+
+def additive_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLogits:
+    """Code logits of full-width codebooks.
+
+    Args:
+        h: (..., D). codebooks: M arrays (K_m, D) of the same dtype.
+
+    Returns:
+        M arrays, float32 (..., K_m).
+    """
+    # One product, so that the gradient by a bfloat16 h is rounded once and not M times.
+    joined = closed_form.code_logits(h, jnp.concatenate(list(codebooks)))
+    ends = list(itertools.accumulate(len(codes) for codes in codebooks))
+    return tuple(jnp.split(joined, ends[:-1], axis=-1))
+
+
+def product_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLogits:
+    """Code logits of codebooks that see consecutive slices of h.
+
+    Args:
+        h: (..., D). codebooks: M arrays (K_m, D_m) of the same dtype, the D_m adding up to D.
+
+    Returns:
+        M arrays, float32 (..., K_m).
+
+    Raises:
+        UserError: the widths do not add up to D.
+    """
+    widths = [codes.shape[1] for codes in codebooks]
+    if sum(widths) != h.shape[-1]:
+        raise UserError(f"codebooks have widths {widths}; they must add up to {h.shape[-1]}")
+    slices = jnp.split(h, list(itertools.accumulate(widths))[:-1], axis=-1)
+    return tuple(map(closed_form.code_logits, slices, codebooks))
+
+
+def logits(
+    code_logits: CodeLogits, assignment: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """V logits, for when somebody asks for them.
+
+    Args:
+        code_logits: M arrays (..., K_m). assignment: int (V, M), column m in [0, K_m).
+        bias: (V,) or None.
+
+    Returns:
+        float32 (..., V).
+    """
+    check_assignment(code_logits, assignment)
+    columns = enumerate(code_logits)
+    z = sum((l[..., assignment[:, m]] for m, l in columns), start=jnp.float32(0))
+    return z if bias is None else z + bias.astype(jnp.float32)
+
+
+def target_logits(
+    code_logits: CodeLogits,
+    assignment: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Z of the targets alone: float32 (...), for targets int (...). Others as in `logits`."""
+    check_assignment(code_logits, assignment)
+    codes = assignment[targets]
+    z = jnp.zeros(targets.shape, jnp.float32)
+    for m, l in enumerate(code_logits):
+        # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
+        is_target = jnp.arange(l.shape[-1]) == codes[..., m, None]
+        z = z + jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
+    return z if bias is None else z + bias.astype(jnp.float32)[targets]
+
+
+def check_assignment(code_logits: CodeLogits, assignment: jax.Array) -> None:
+    """Raises UserError unless assignment is (V, M)."""
+    if assignment.ndim != 2 or assignment.shape[1] != len(code_logits):
+        raise UserError(
+            f"assignment has shape {assignment.shape}; for {len(code_logits)} codebooks it must "
+            f"be (vocab_size, {len(code_logits)})"
+        )
