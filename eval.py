@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from vqcx_jax import cli
 from vqcx_jax.config.schema import NonNegative, NonNegativeFloat, Positive
 from vqcx_jax.evaluation import TrainedModel
+
+Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,12 @@ class Flags:
     prompt: Annotated[str, "generate: text to continue"] = ""
     max_tokens: Annotated[Positive, "generate: at most so many tokens"] = 128
     temperature: Annotated[NonNegativeFloat, "generate: 0: most probable token"] = 0.8
+    top_k: Annotated[Positive | None, "generate: from so many most probable tokens; none: all"] = (
+        None
+    )
+    top_p: Annotated[
+        Probability | None, "generate: from the fewest tokens this probable together; none: all"
+    ] = None
     seed: Annotated[NonNegative, "generate: same seed, same text"] = 0
 
 
@@ -38,6 +48,8 @@ def main() -> None:
             max_tokens=flags.max_tokens,
             seed=flags.seed,
             temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
         )
         print(flags.prompt + text)
         return

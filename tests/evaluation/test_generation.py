@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ from flax import nnx
 from tiny_run import random_state, tiny_config
 
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
-from vqcx_jax.evaluation.generation import _sample, generate
+from vqcx_jax.errors import UserError
+from vqcx_jax.evaluation.generation import generate
 from vqcx_jax.evaluation.sample import sample_text
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
@@ -28,7 +31,9 @@ def state(setup: Setup) -> TrainState:
     return random_state(setup)
 
 
-def continuation(setup: Setup, state: TrainState, seed: int, temperature: float) -> list[int]:
+def continuation(
+    setup: Setup, state: TrainState, seed: int, temperature: float, **options: Any
+) -> list[int]:
     graphdef, _, _ = functional.split(abstract_model(setup.config))
     tokens = generate(
         graphdef,
@@ -38,6 +43,7 @@ def continuation(setup: Setup, state: TrainState, seed: int, temperature: float)
         NUM_TOKENS,
         seed=seed,
         temperature=temperature,
+        **options,
     )
     assert tokens.shape == (NUM_TOKENS,) and tokens.dtype == np.int32
     return tokens.tolist()
@@ -71,19 +77,50 @@ def test_seed_decides_the_text(setup: Setup, state: TrainState) -> None:
     assert continuation(setup, state, seed=1, temperature=1.0) != first
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_divides_the_logits(temperature: float) -> None:
-    logits = jnp.array([[0.0, 1.0, -1.0, 2.0]])
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens = jax.vmap(lambda key: _sample(logits, key, jnp.float32(temperature)))(keys)
-    frequencies = np.bincount(tokens.ravel(), minlength=4) / 20_000
-    expected = jax.nn.softmax(logits[0] / temperature)
-    np.testing.assert_allclose(frequencies, expected, atol=0.015)
+def test_one_token_to_choose_from_is_greedy(setup: Setup, state: TrainState) -> None:
+    greedy = continuation(setup, state, seed=0, temperature=0.0)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 5, "top_p": 1e-6}):
+        assert continuation(setup, state, seed=0, temperature=1.0, **options) == greedy
 
 
-def test_temperature_0_takes_the_lowest_of_equal_tokens() -> None:
-    logits = jnp.array([[0.0, 3.0, 3.0, 1.0]])
-    assert _sample(logits, jax.random.key(0), jnp.float32(0.0)).tolist() == [1]
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
+def test_tokens_are_among_the_most_probable(
+    setup: Setup, state: TrainState, options: dict[str, Any]
+) -> None:
+    graphdef, _, _ = functional.split(abstract_model(setup.config))
+
+    @jax.jit
+    def probabilities(tokens: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state.params, state.buffers)
+        return jax.nn.softmax(model.head.logits(model.hidden(tokens[None])))[0]
+
+    ranks = []
+    for seed in range(4):
+        tokens = continuation(setup, state, seed, 1.0, **options)
+        p = np.asarray(probabilities(np.array([*PROMPT, *tokens[:-1]])))[len(PROMPT) - 1 :]
+        for p_V, token in zip(p, tokens, strict=True):
+            is_better = p_V > p_V[token]
+            ranks.append(is_better.sum())
+            assert is_better.sum() < options.get("top_k", 264)
+            assert p_V[is_better].sum() < options.get("top_p", 1.0)
+    assert max(ranks) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1: must be a finite number, 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan: must be a finite number"),
+        ({"top_k": 0}, "top_k=0: must be 1 or more, or None"),
+        ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1, or None"),
+        ({"top_p": 1.1}, "top_p=1.1: must be above 0 and at most 1, or None"),
+    ],
+)
+def test_options_out_of_range(
+    setup: Setup, state: TrainState, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        continuation(setup, state, seed=0, **{"temperature": 1.0, **options})
 
 
 def with_bias(state: TrainState, token: int | slice, value: float) -> TrainState:

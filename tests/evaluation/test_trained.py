@@ -109,3 +109,9 @@ def test_text(model: TrainedModel) -> None:
     first = model.generate("the", max_tokens=10, seed=0)
     assert model.generate("the", max_tokens=10, seed=0) == first
     assert model.generate("the", max_tokens=10, seed=1) != first
+
+
+def test_options_of_text(model: TrainedModel) -> None:
+    greedy = model.generate("the", max_tokens=10, seed=0, temperature=0.0)
+    assert model.generate("the", max_tokens=10, seed=1, top_k=1) == greedy
+    assert model.generate("the", max_tokens=10, seed=1, top_p=1e-6) == greedy

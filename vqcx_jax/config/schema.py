@@ -58,6 +58,8 @@ class VQHead:
     # "centroids" starts the codebook from the k-means centroids (needs rows of width embed_dim).
     code_init: Literal["random", "centroids"] = "random"
     token_bias: bool = True
+    # Code logits go through cap * tanh(l / cap), before the token's bias. None: as they are.
+    logit_soft_cap: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -66,6 +68,9 @@ class FullHead:
 
     kind: Literal["full"] = "full"
     token_bias: bool = False
+    # Products of rows and hidden state go through cap * tanh(z / cap), before the token's bias.
+    # None: as they are.
+    logit_soft_cap: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -22,20 +22,30 @@ def sample_text(
     *,
     seed: int,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> str:
     """The text that a model adds to a prompt, up to the end of the document.
 
     Args:
         prompt: may be empty: the model then begins a document.
         num_tokens: at most this many tokens.
-        seed, temperature: see `generate`.
+        seed, temperature, top_k, top_p: see `generate`.
     """
     # One sequence cannot be split over a batch axis; weights stay sharded as they are.
     rules = dataclasses.replace(config.sharding, batch=())
     graphdef, _, _ = functional.split(abstract_model(config, rules))
     prompt_ids = np.concatenate([[tokenizer.eos_id], tokenizer.encode(prompt)]).astype(np.int32)
     tokens = generate(
-        graphdef, params, buffers, prompt_ids, num_tokens, seed=seed, temperature=temperature
+        graphdef,
+        params,
+        buffers,
+        prompt_ids,
+        num_tokens,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
     )
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     if ends.size:

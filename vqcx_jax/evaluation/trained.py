@@ -140,8 +140,20 @@ class TrainedModel:
             corpus.fingerprint == self.corpus_fingerprint,
         )
 
-    def generate(self, prompt: str, *, max_tokens: int, seed: int, temperature: float = 1.0) -> str:
-        """The text that the model adds to `prompt`, up to the end of the document."""
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> str:
+        """The text that the model adds to `prompt`, up to the end of the document.
+
+        Args and errors: see `evaluation.generation.generate`.
+        """
         with jax.set_mesh(self.mesh):
             return sample_text(
                 self.config,
@@ -152,4 +164,6 @@ class TrainedModel:
                 max_tokens,
                 seed=seed,
                 temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
             )

@@ -179,7 +179,13 @@ def _make_head(
     vocab_size = config.known_vocab_size()
     if isinstance(head, schema.FullHead):
         return FullHead(
-            vocab_size, dim, token_bias=head.token_bias, dtype=dtype, rules=rules, rngs=rngs
+            vocab_size,
+            dim,
+            token_bias=head.token_bias,
+            logit_soft_cap=head.logit_soft_cap,
+            dtype=dtype,
+            rules=rules,
+            rngs=rngs,
         )
     if assignment is None or assignment.shape != (vocab_size,):
         shape = None if assignment is None else assignment.shape
@@ -191,6 +197,7 @@ def _make_head(
         head.num_codes,
         dim,
         token_bias=head.token_bias,
+        logit_soft_cap=head.logit_soft_cap,
         codes=codes,
         dtype=dtype,
         rules=rules,

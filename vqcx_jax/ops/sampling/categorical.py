@@ -1,0 +1,114 @@
+"""One id for each row of logits."""
+
+import jax
+import jax.numpy as jnp
+
+from vqcx_jax.errors import UserError
+
+
+def sample(
+    logits: jax.Array,
+    key: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | None = None,
+    top_p: float | jax.Array | None = None,
+) -> jax.Array:
+    """Draws an id from softmax(logits / temperature), cut to its top k, then to its nucleus.
+
+    Args:
+        logits: float32 (..., V).
+        key: a typed PRNG key. Rows are independent.
+        temperature: 0: the most probable id (the lowest of equals), whatever the key.
+        top_k: only the so many most probable ids, as in `top_k`. None, or V and more: all.
+        top_p: only the `nucleus` of what top_k leaves. None or 1: all.
+
+    Returns:
+        int32 (...).
+
+    Raises:
+        UserError: top_k is not positive.
+
+    Example:
+        sample(logits, jax.random.key(0), temperature=0.8, top_k=50, top_p=0.95)
+    """
+    if top_k is not None:
+        listed, ids = _top_k(logits, min(top_k, logits.shape[-1]))
+        return sample_listed(listed, ids, key, temperature=temperature, top_p=top_p)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    # Relative to the maximum: a tiny temperature then gives 0 and -inf, and never inf - inf.
+    relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+    tempered = relative / jnp.where(temperature > 0, temperature, 1.0)
+    if top_p is not None:
+        tempered = nucleus(tempered, top_p)
+    drawn = jax.random.categorical(key, tempered)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def sample_listed(
+    logits: jax.Array,
+    ids: jax.Array,
+    key: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array | None = None,
+) -> jax.Array:
+    """`sample` from a list of ids.
+
+    Args:
+        logits: float32 (..., k), from large to small. ids: int (..., k). Others as in `sample`.
+
+    Returns:
+        int32 (...).
+    """
+    index = sample(logits, key, temperature=temperature, top_p=top_p)
+    return jnp.take_along_axis(ids, index[..., None], axis=-1)[..., 0].astype(jnp.int32)
+
+
+def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and ids of the k most probable, in order; of equals, the lowest id first.
+
+    Args:
+        logits: float32 (..., V).
+
+    Returns:
+        log_probs: float32 (..., k). ids: int32 (..., k).
+
+    Raises:
+        UserError: k is not in 1 .. V.
+    """
+    listed, ids = _top_k(logits, k)
+    return listed - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
+
+
+def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Logits with -inf outside of the nucleus (Holtzman et al. 2020).
+
+    The nucleus is the smallest set of the most probable ids whose probabilities add up to top_p,
+    and all that are as probable as the least of them: which ids it holds does not depend on how
+    equals are ordered. Sums are float32: top_p is met to 1e-6 or so.
+
+    Args:
+        logits: float32 (..., V). top_p: in (0, 1]; 1 keeps everything.
+
+    Returns:
+        float32 (..., V).
+    """
+    top_p = jnp.asarray(top_p, jnp.float32)
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    mass = jnp.cumsum(jnp.exp(descending - descending[..., :1]), axis=-1)
+    mass_before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)
+    is_inside = (mass_before < top_p * mass[..., -1:]) | (top_p >= 1)
+    least = jnp.min(jnp.where(is_inside, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """Raises UserError unless k is in 1 .. vocab_size."""
+    if not 1 <= k <= vocab_size:
+        raise UserError(f"top_k={k}: must be in 1 .. {vocab_size}")
+
+
+def _top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    check_k(k, logits.shape[-1])
+    return jax.lax.top_k(logits, k)
