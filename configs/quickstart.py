@@ -27,9 +27,10 @@ def get_config() -> schema.Config:
         ),
         optimizer=schema.Optimizer(learning_rate=2e-3, warmup_steps=50),
         train=schema.Training(
-            steps=500,
-            eval_every=200,
-            checkpoint_every=200,
+            steps=300,
+            eval_every=150,
+            final_eval_batches=50,
+            checkpoint_every=150,
             sample_tokens=100,
             sample_prompt="def ",
         ),

@@ -238,8 +238,25 @@ def test_range_of_biases() -> None:
     assert_drawn_from(np.bincount(tokens, minlength=4), np.array([1, 0, 1, 1]) / 3)
 
 
+def test_one_position_a_key() -> None:
+    """As in generation: noise of the code and of the token must not come from the same bits."""
+    table = token_table(jnp.arange(8) // 4, 2)
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    tokens = jax.vmap(draws, (None, None, None, 0))(table, 1.0, jnp.zeros((1, 2)), keys)
+    assert_drawn_from(np.bincount(tokens.ravel(), minlength=8), np.full(8, 1 / 8))
+
+
+def test_a_code_of_no_probability_is_never_drawn() -> None:
+    """Codes 1 and 2 have biases of -inf alone, code 3 has no token."""
+    bias = jnp.asarray([0.0, -np.inf, -np.inf, 0.0, -np.inf])
+    table = token_table(jnp.asarray([0, 1, 1, 0, 2]), 4, bias)
+    code_logits = jnp.asarray([0.0, 50.0, 50.0, 50.0])
+    tokens = draw(code_logits, table, 1000, 1.0)
+    assert set(tokens.tolist()) == {0, 3}
+    assert top_k(code_logits, table, 4)[1].tolist() == [0, 3, 1, 2]
+
+
 def test_a_token_of_no_probability_is_never_drawn() -> None:
-    """Also where sums of the others, added up in different orders, differ by roundings."""
     rng = np.random.default_rng(0)
     bias = jnp.asarray(np.concatenate([rng.standard_normal(1000), np.full(1000, -np.inf)]))
     assignment = jnp.zeros((2000,), jnp.int32)

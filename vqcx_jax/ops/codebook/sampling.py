@@ -125,10 +125,11 @@ def sampler(
     divisor = jnp.where(temperature > 0, temperature, 1.0)
     mass = jnp.exp((table.bias - table.best_bias[table.codes]) / divisor)
     cumulative = _cumulative_within(mass, table.codes)
-    # Masses descend: those that are not zero are the first ones of their code.
+    # Masses descend: those that are not zero are the first ones of their code. (Of a code whose
+    # biases are all -inf the masses are NaN, and none is counted.)
     num_drawable = jnp.zeros_like(table.counts).at[table.codes].add(mass > 0)
     last = jnp.maximum(table.starts + num_drawable - 1, 0)
-    total = jnp.where(table.counts > 0, cumulative[last], 0.0)
+    total = jnp.where(num_drawable > 0, cumulative[last], 0.0)
 
     def draw(code_logits: jax.Array, key: jax.Array) -> jax.Array:
         code_key, token_key = jax.random.split(key)
