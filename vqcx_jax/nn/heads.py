@@ -246,8 +246,8 @@ class VQHead(nnx.Module):
     ) -> Sampler:
         """See `Head.sampler`. O(K) per position, and O(k^2) more with top_k.
 
-        V logits are made for top_p without top_k alone: a nucleus has no bound on its size, and
-        finding its edge among K sorted lists costs as much as V logits do.
+        V logits are made, and sorted, for top_p without top_k alone: a nucleus has no bound on its
+        size.
         """
         if top_k is None and top_p is not None:
             return lambda h_BxTxD, key: sampling.sample(
