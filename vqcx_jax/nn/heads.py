@@ -109,9 +109,7 @@ class FullHead(nnx.Module):
         """See `Head.nll`."""
         weights, bias = self._arrays()
         targets_BxT = constrain(targets_BxT, ROWS, self.rules)
-        if self.logit_soft_cap is None:
-            return softmax.nll(h_BxTxD, weights, targets_BxT, bias)
-        return soft_cap.softmax_nll(h_BxTxD, weights, targets_BxT, bias, cap=self.logit_soft_cap)
+        return softmax.nll(h_BxTxD, weights, targets_BxT, bias, cap=self.logit_soft_cap)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""
@@ -203,9 +201,7 @@ class VQHead(nnx.Module):
         if bias is not None:
             args.append(bias)
             axes.append((None,))
-        nll: Callable[..., tuple[jax.Array, jax.Array]] = codebook.nll
-        if self.logit_soft_cap is not None:
-            nll = partial(soft_cap.codebook_nll, cap=self.logit_soft_cap)
+        nll = partial(codebook.nll, cap=self.logit_soft_cap)
         return per_device(nll, axes, (ROWS, ROWS), self.rules)(*args)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ Everything here is float32 from the code logits on, whatever the dtype of h and 
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.soft_cap import soft_cap
+
 
 def code_logits(h: jax.Array, codes: jax.Array) -> jax.Array:
     """l_k = codes[k] . h, accumulated in float32.
@@ -51,6 +53,8 @@ def nll(
     assignment: jax.Array,
     targets: jax.Array,
     bias: jax.Array | None = None,
+    *,
+    cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-log p(target | h) and log Z, equal to `reference.nll`, in O(K) per position.
 
@@ -58,12 +62,13 @@ def nll(
         h: (..., D). codes: (K, D). assignment: int (V,), values in [0, K).
         targets: int (...), values in [0, V).
         bias: (V,) or None.
+        cap: soft-cap of the code logits, see `ops.soft_cap`; None: as they are.
 
     Returns:
         nll, log_z: float32 (...).
     """
     num_codes = codes.shape[0]
-    l = code_logits(h, codes)
+    l = soft_cap(code_logits(h, codes), cap)
     log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
     is_target = jnp.arange(num_codes) == assignment[targets][..., None]

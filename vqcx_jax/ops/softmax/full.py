@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax.product import product
 
 
@@ -20,17 +21,25 @@ def logits(h: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> j
 
 
 def nll(
-    h: jax.Array, weights: jax.Array, targets: jax.Array, bias: jax.Array | None = None
+    h: jax.Array,
+    weights: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """-log softmax(z)[target] and log Z = logsumexp_v z_v.
 
     Args:
         h: (..., D). weights: (V, D). targets: int (...), values in [0, V). bias: (V,) or None.
+        cap: soft-cap of weights . h, see `ops.soft_cap`; None: as it is.
 
     Returns:
         nll, log_z: float32 (...).
     """
-    z = logits(h, weights, bias)
+    z = soft_cap(logits(h, weights), cap)
+    if bias is not None:
+        z = z + bias.astype(jnp.float32)
     log_z = jax.nn.logsumexp(z, axis=-1)
     # A masked sum instead of a gather: V may be sharded, and no device then holds every row.
     is_target = jnp.arange(weights.shape[0]) == targets[..., None]
