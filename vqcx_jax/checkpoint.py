@@ -82,6 +82,25 @@ def load_model(directory: Path, step: int, model: Tree) -> Tree:
         return ocp.load_checkpointables(path, {"model": model})["model"]
 
 
+def load_parameter(directory: Path, step: int, name: str) -> np.ndarray:
+    """One array of the parameters, "head/weights" for example, and nothing else of them.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no such parameter.
+    """
+    path, name = directory / str(step), f"params/{name}"
+    with _reading(path):
+        saved = ocp.metadata(path, checkpointable_name="model").metadata
+        if name not in _shapes(saved):
+            raise KeyError(f"no array {name!r}")
+        wanted = jax.tree_util.tree_map_with_path(
+            lambda at, x: np.empty(x.shape, x.dtype) if _name(at) == name else ocp.PLACEHOLDER,
+            saved,
+        )
+        loaded = ocp.load_checkpointables(path, {"model": wanted})["model"]
+    return next(x for at, x in jax.tree_util.tree_leaves_with_path(loaded) if _name(at) == name)
+
+
 def check_architecture(path: Path, model: Tree) -> None:
     """Raises CheckpointError naming every weight that differs between a checkpoint and `model`."""
     with _reading(path):
@@ -111,6 +130,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _shapes(tree: Any) -> dict[str, str]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype)}{x.shape}"
+        _name(path): f"{np.dtype(x.dtype)}{x.shape}"
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from vqcx_jax.data.corpora import Corpus, Document
-from vqcx_jax.data.counts import Units, cached_token_counts, count_units, token_counts
+from vqcx_jax.data.counts import (
+    Units,
+    cached_token_counts,
+    count_units,
+    encoded_documents,
+    token_counts,
+)
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
 
 
@@ -19,6 +25,13 @@ def test_token_counts_are_the_targets(source):
     counts = token_counts(ByteTokenizer(), source)
     np.testing.assert_array_equal(counts, expected)
     assert counts.dtype == np.int64
+
+
+def test_encoded_documents_end_and_are_not_blank(source):
+    first, second = encoded_documents(ByteTokenizer(), source)
+    assert first.tolist() == [*b"aab", 256] and first.dtype == np.int32
+    assert second.tolist() == [*"é b".encode(), 256]
+    assert len(list(encoded_documents(ByteTokenizer(), source, 2))) == 1
 
 
 def test_limit_is_of_documents_in_the_source(source):
@@ -39,3 +52,10 @@ def test_counts_are_kept(tmp_path, source):
     np.testing.assert_array_equal(again, first)
     assert again.dtype == np.int64
     assert cached_token_counts(tokenizer, Corpus("c", "two", {"train": []}), tmp_path).sum() == 0
+
+
+def test_counts_of_a_larger_vocabulary(tmp_path, source):
+    corpus = Corpus("c", "one", {"train": source})
+    counts = cached_token_counts(ByteTokenizer(), corpus, tmp_path, vocab_size=264)
+    np.testing.assert_array_equal(counts[:257], token_counts(ByteTokenizer(), source))
+    np.testing.assert_array_equal(counts[257:], np.zeros(7))

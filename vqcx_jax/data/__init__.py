@@ -2,9 +2,20 @@
 
 from vqcx_jax.data.cache import cache_directory
 from vqcx_jax.data.corpora import Corpus, Document, Source, open_corpus
-from vqcx_jax.data.counts import Units, cached_token_counts, count_units, token_counts
+from vqcx_jax.data.counts import (
+    Units,
+    cached_token_counts,
+    count_units,
+    encoded_documents,
+    token_counts,
+)
 from vqcx_jax.data.pipeline import evaluation_dataset, training_dataset
-from vqcx_jax.data.tokenizers import Tokenizer, build_tokenizer, tokenizer_from_json
+from vqcx_jax.data.tokenizers import (
+    Tokenizer,
+    build_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_from_json,
+)
 
 __all__ = [
     "Corpus",
@@ -16,9 +27,11 @@ __all__ = [
     "cache_directory",
     "cached_token_counts",
     "count_units",
+    "encoded_documents",
     "evaluation_dataset",
     "open_corpus",
     "token_counts",
+    "tokenizer_fingerprint",
     "tokenizer_from_json",
     "training_dataset",
 ]

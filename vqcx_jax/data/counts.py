@@ -47,22 +47,47 @@ def token_counts(tokenizer: Tokenizer, source: Source, limit: int | None = None)
         int64[vocab_size].
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for document in _scored(source, limit):
-        counts += np.bincount(tokenizer.encode(document["text"]), minlength=len(counts))
-        counts[tokenizer.eos_id] += 1
+    for tokens in encoded_documents(tokenizer, source, limit):
+        counts += np.bincount(tokens, minlength=len(counts))
     return counts
 
 
+def encoded_documents(
+    tokenizer: Tokenizer, source: Source, limit: int | None = None
+) -> Iterator[np.ndarray]:
+    """The targets of training, int32 (n,) a document: its tokens and its end.
+
+    Args:
+        tokenizer, source, limit: see `token_counts`.
+    """
+    for document in _scored(source, limit):
+        yield np.append(tokenizer.encode(document["text"]), np.int32(tokenizer.eos_id))
+
+
 def cached_token_counts(
-    tokenizer: Tokenizer, corpus: Corpus, cache_dir: Path, limit: int | None = None
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    cache_dir: Path,
+    limit: int | None = None,
+    *,
+    vocab_size: int | None = None,
 ) -> np.ndarray:
-    """Returns `token_counts` of the training split, kept under `cache_dir`."""
+    """Returns `token_counts` of the training split, kept under `cache_dir`.
+
+    Args:
+        tokenizer, limit: see `token_counts`.
+        corpus: whose training split is counted.
+        cache_dir: see `cache_directory`.
+        vocab_size: of the model, which may have more tokens than the tokenizer (none of them
+            occurs). None: the tokenizer's.
+    """
     key = content_key([corpus.fingerprint, tokenizer.to_json(), limit])
     counts = cached_json(
         cache_dir / "token_counts" / f"{key}.json",
         lambda: token_counts(tokenizer, corpus.split("train"), limit).tolist(),
     )
-    return np.asarray(counts, np.int64)
+    size = len(counts) if vocab_size is None else vocab_size
+    return np.asarray(counts + [0] * (size - len(counts)), np.int64)[:size]
 
 
 def _scored(source: Source, limit: int | None) -> Iterator[Document]:

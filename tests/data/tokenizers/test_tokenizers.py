@@ -8,7 +8,11 @@ import sentencepiece
 
 from vqcx_jax.config import schema
 from vqcx_jax.data.corpora import Corpus, Document
-from vqcx_jax.data.tokenizers import build_tokenizer, tokenizer_from_json
+from vqcx_jax.data.tokenizers import (
+    build_tokenizer,
+    tokenizer_fingerprint,
+    tokenizer_from_json,
+)
 from vqcx_jax.errors import DataError
 
 TEXT = "the cat sat on the mat ,\nthe dog sat on the cat ;\n"
@@ -89,3 +93,14 @@ def test_learnt_tokenizers_are_kept_by_corpus_and_configuration(configs, corpus,
 def test_other_json_is_refused(value):
     with pytest.raises(DataError, match="accepted: what to_json returns"):
         tokenizer_from_json(value)
+
+
+def test_fingerprint_is_of_what_the_tokenizer_does(tokenizer, configs, corpus, tmp_path):
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    stored = json.loads(json.dumps(tokenizer.to_json()))
+    assert tokenizer_fingerprint(tokenizer_from_json(stored)) == fingerprint
+    others = [build_tokenizer(configs[kind], corpus, tmp_path) for kind in KINDS]
+    same = [other for other in others if tokenizer_fingerprint(other) == fingerprint]
+    # A BPE that is trained and the same one read from its file are one tokenizer.
+    assert all(other.to_json() == tokenizer.to_json() for other in same)
+    assert 1 <= len(same) <= 2

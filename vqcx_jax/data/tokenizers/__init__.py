@@ -22,7 +22,7 @@ from vqcx_jax.data.tokenizers.sentence_piece import SentencePieceTokenizer, load
 from vqcx_jax.data.tokenizers.word import WordTokenizer, build_words
 from vqcx_jax.errors import DataError
 
-__all__ = ["Tokenizer", "build_tokenizer", "tokenizer_from_json"]
+__all__ = ["Tokenizer", "build_tokenizer", "tokenizer_fingerprint", "tokenizer_from_json"]
 
 
 def build_tokenizer(cfg: schema.Tokenizer, corpus: Corpus, cache_dir: Path) -> Tokenizer:
@@ -65,6 +65,11 @@ def tokenizer_from_json(value: dict[str, Any]) -> Tokenizer:
         f"tokenizer kind={value.get('kind')!r} with {', '.join(value) or 'nothing'}; "
         "accepted: what to_json returns"
     )
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Identity of a vocabulary and of how text becomes tokens; the same on every machine."""
+    return content_key(tokenizer.to_json())
 
 
 def _train(cfg: schema.BPETokenizer | schema.WordTokenizer, corpus: Corpus) -> dict[str, Any]:

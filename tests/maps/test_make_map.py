@@ -1,0 +1,170 @@
+"""From a head's config to its map, and what a user reads about a map that does not fit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vqcx_jax.config.schema import VQHead
+from vqcx_jax.errors import DataError
+from vqcx_jax.maps import TokenMap, make_map
+from vqcx_jax.maps.fixed import contiguous_map, frequency_map, random_map
+
+COUNTS = np.asarray([5, 0, 9, 1, 7, 3, 3, 0, 2, 8, 4, 6])
+
+
+def make(head: VQHead, **changes: Any) -> TokenMap:
+    options: dict[str, Any] = {
+        "vocab_size": 12,
+        "embed_dim": 8,
+        "counts": COUNTS,
+        "seed": 7,
+        "tokenizer": "abc",
+    }
+    return make_map(head, **{**options, **changes})
+
+
+def test_each_kind() -> None:
+    for head, expected in (
+        (VQHead(num_codes=3, assignment="random"), random_map(12, 3, seed=7)),
+        (VQHead(num_codes=3, num_codebooks=2, assignment="random"), random_map(12, 3, 7, 2)),
+        (VQHead(num_codes=3, assignment="contiguous"), contiguous_map(12, 3)),
+        (VQHead(num_codes=3, assignment="frequency"), frequency_map(COUNTS, 3)),
+    ):
+        token_map = make(head)
+        np.testing.assert_array_equal(token_map.codes, expected)
+        assert token_map.num_codes == (3,) * head.num_codebooks
+        assert token_map.codebooks is None and len(token_map.own_tokens) == 0
+
+
+@pytest.mark.parametrize("assignment", ["random", "contiguous", "frequency"])
+def test_own_tokens_are_the_most_frequent_and_the_rest_shares_the_codes(assignment: Any) -> None:
+    token_map = make(VQHead(num_codes=3, assignment=assignment, num_own_tokens=3))
+    assert token_map.own_tokens.tolist() == [2, 9, 4]
+    assert token_map.own_tokens.dtype == np.int32
+    rest = [0, 1, 3, 5, 6, 7, 8, 10, 11]
+    expected = {
+        "random": random_map(9, 3, seed=7),
+        "contiguous": contiguous_map(9, 3),
+        "frequency": frequency_map(COUNTS[rest], 3),
+    }[assignment]
+    np.testing.assert_array_equal(token_map.codes[rest], expected)
+
+
+def test_counts_must_fit() -> None:
+    with pytest.raises(DataError, match=r"^counts of shape \(11,\): .*\(12,\)$"):
+        make(VQHead(num_codes=3), counts=COUNTS[:-1])
+
+
+# ---------------------------------------------------------------- files
+
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+ADDITIVE = TokenMap(
+    random_map(12, 3, 0, 2),
+    (3, 3),
+    codebooks=(floats(3, 8), floats(3, 8)),
+    scale=floats(12),
+    own_tokens=np.asarray([4], np.int32),
+    own_vectors=floats(1, 8),
+    provenance={"tokenizer": "abc"},
+)
+PRODUCT = dataclasses.replace(ADDITIVE, codebooks=(floats(3, 4), floats(3, 4)))
+
+
+def from_file(tmp_path: Path, token_map: TokenMap, **fields: Any) -> TokenMap:
+    path = tmp_path / "map.npz"
+    token_map.save(path)
+    defaults: dict[str, Any] = {
+        "num_codes": 3,
+        "num_codebooks": 2,
+        "num_own_tokens": 1,
+        "token_scale": True,
+        "assignment": "file",
+        "token_map": str(path),
+    }
+    return make(VQHead(**{**defaults, **fields}))
+
+
+def test_codes_of_a_file(tmp_path: Path) -> None:
+    token_map = from_file(tmp_path, ADDITIVE)
+    np.testing.assert_array_equal(token_map.codes, ADDITIVE.codes)
+    np.testing.assert_array_equal(token_map.own_tokens, [4])
+    assert token_map.codebooks is token_map.scale is token_map.own_vectors is None
+    assert token_map.provenance == {"tokenizer": "abc"}
+
+
+@pytest.mark.parametrize(("form", "saved"), [("additive", ADDITIVE), ("product", PRODUCT)])
+def test_start_from_a_file(tmp_path: Path, form: str, saved: TokenMap) -> None:
+    token_map = from_file(tmp_path, saved, form=form, code_init="centroids")
+    assert token_map.codebooks is not None and saved.codebooks is not None
+    np.testing.assert_array_equal(token_map.codebooks, saved.codebooks)
+    np.testing.assert_array_equal(token_map.scale, saved.scale)
+    np.testing.assert_array_equal(token_map.own_vectors, saved.own_vectors)
+
+
+def without(**fields: None) -> TokenMap:
+    return dataclasses.replace(ADDITIVE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("token_map", "fields", "message"),
+    [
+        (ADDITIVE, {"num_codes": 4}, "model.head.num_codes=4: the map '.*map.npz' has 3"),
+        (ADDITIVE, {"num_codebooks": 1}, "model.head.num_codebooks=1: the map '.*' has 2"),
+        (ADDITIVE, {"num_own_tokens": 0}, "model.head.num_own_tokens=0: the map '.*' has 1"),
+        (
+            dataclasses.replace(ADDITIVE, num_codes=(3, 4), codebooks=None),
+            {},
+            r"model.head.num_codes=3: the map '.*' has \(3, 4\)",
+        ),
+        (
+            dataclasses.replace(ADDITIVE, provenance={"tokenizer": "xyz"}),
+            {},
+            "token map '.*': made for another vocabulary, of the tokenizer xyz; must be of abc",
+        ),
+        (without(codebooks=None), {"code_init": "centroids"}, ".*map.npz' has no codebooks"),
+        (
+            ADDITIVE,
+            {"code_init": "centroids", "token_scale": False},
+            ".*has a scale per token, which needs model.head.token_scale",
+        ),
+        (
+            PRODUCT,
+            {"code_init": "centroids"},
+            ".*code vectors of width 4; model.head.form='additive' needs 8",
+        ),
+        (
+            ADDITIVE,
+            {"code_init": "centroids", "form": "product"},
+            ".*code vectors of width 8; model.head.form='product' needs 4",
+        ),
+        (
+            dataclasses.replace(ADDITIVE, own_vectors=floats(1, 4)),
+            {"code_init": "centroids"},
+            ".*own vectors of width 4; must be model.embed_dim=8",
+        ),
+    ],
+)
+def test_map_that_does_not_fit(
+    tmp_path: Path, token_map: TokenMap, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"^{message}") as caught:
+        from_file(tmp_path, token_map, **fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_map_of_another_vocabulary(tmp_path: Path) -> None:
+    ADDITIVE.save(tmp_path / "map.npz")
+    head = VQHead(
+        num_codes=3, num_codebooks=2, assignment="file", token_map=str(tmp_path / "map.npz")
+    )
+    with pytest.raises(DataError, match="another vocabulary, of 12 tokens; must be of 13$"):
+        make(head, vocab_size=13)

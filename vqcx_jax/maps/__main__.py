@@ -1,0 +1,166 @@
+"""Makes a token map: python -m vqcx_jax.maps --config=configs/NAME.py --output=map.npz ..."""
+
+import dataclasses
+import datetime
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+import vqcx_jax
+from vqcx_jax import cli, data
+from vqcx_jax.config import apply_overrides, load_config, schema, validate
+from vqcx_jax.config.schema import NonNegative, NonNegativeFloat, Positive
+from vqcx_jax.data import Corpus, Tokenizer
+from vqcx_jax.errors import UserError
+from vqcx_jax.maps import describe
+from vqcx_jax.maps.from_vectors import Options, map_from_vectors
+from vqcx_jax.maps.vectors import cooccurrence_vectors, head_vectors, load_vectors
+
+# Fields of the head that must be as the map is, besides its path.
+_SET_BY_MAP = (
+    "kind",
+    "assignment",
+    "num_codes",
+    "num_codebooks",
+    "form",
+    "num_own_tokens",
+    "token_scale",
+    "code_init",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Makes a token map for a VQ head: tokens with near vectors share codes.
+
+    Text, tokenizer and embed_dim are those of the configuration.
+    """
+
+    config: Annotated[str, "configuration file"]
+    output: Annotated[str, "file to write, .npz"]
+    method: Annotated[
+        Literal["kmeans", "residual", "product"],
+        "kmeans: one codebook; residual: several for form=additive; product: for form=product",
+    ] = "product"
+    vectors: Annotated[
+        str, "cooccurrence: of the training text; FILE.npy; or directory of a run with a full head"
+    ] = "cooccurrence"
+    num_codebooks: Annotated[Positive, "codes per token"] = 1
+    num_codes: Annotated[Positive, "code vectors per codebook"] = 256
+    power: Annotated[NonNegativeFloat, "a token counts (its occurrences)^power"] = 0.5
+    scale: Annotated[bool, "quantise directions, and keep a scale per token"] = False
+    own: Annotated[NonNegative, "so many of the most frequent tokens keep their own vector"] = 0
+    unique: Annotated[bool, "no two tokens share all their codes"] = False
+    balanced: Annotated[bool, "codes are used by equally many tokens"] = False
+    rotate: Annotated[bool, "product: learn a rotation first"] = False
+    dim: Annotated[Positive | None, "cooccurrence: width; none: embed_dim"] = None
+    window: Annotated[Positive, "cooccurrence: tokens on each side"] = 4
+    num_contexts: Annotated[Positive, "cooccurrence: most frequent tokens as contexts"] = 20_000
+    seed: Annotated[NonNegative, "same seed, same map"] = 0
+    overwrite: Annotated[bool, "replace an existing file"] = False
+
+
+def main() -> None:
+    """Reads the text, makes the map, writes it and says what it is."""
+    flags, overrides = cli.parse_args(Flags, sys.argv[1:])
+    config = apply_overrides(load_config(flags.config), overrides)
+    config = validate(_with_head(config, flags))
+    options = Options(
+        **{field.name: getattr(flags, field.name) for field in dataclasses.fields(Options)}
+    )
+    output = Path(flags.output).expanduser()
+    if output.is_dir():
+        raise UserError(f"--output={flags.output!r}: is a directory, must be a file")
+    if output.exists() and not flags.overwrite:
+        raise UserError(f"--output={flags.output!r}: exists; --overwrite=true replaces it")
+
+    cache_dir = data.cache_directory(config.data.cache_dir)
+    corpus = data.open_corpus(config.data.dataset, cache_dir)
+    tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
+    limit = config.data.count_documents
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    counts = data.cached_token_counts(tokenizer, corpus, cache_dir, limit, vocab_size=vocab_size)
+    vectors = _vectors(flags, config, corpus, tokenizer, vocab_size)
+    made = map_from_vectors(vectors, counts, options, flags.seed)
+    sources = _sources(flags, vectors.shape[1], corpus, tokenizer)
+    token_map = dataclasses.replace(made, provenance={**made.provenance, **sources})
+    token_map.save(output)
+
+    head, embed_dim = config.model.head, config.model.embed_dim
+    assert isinstance(head, schema.VQHead)
+    print(
+        describe(
+            token_map,
+            embed_dim=embed_dim,
+            counts=counts,
+            form=head.form,
+            token_bias=head.token_bias,
+            token_scale=head.token_scale,
+        )
+    )
+    print(f"error    {token_map.provenance['distortion']:.2%} of the variance of the vectors")
+    if vectors.shape[1] == embed_dim:
+        head = dataclasses.replace(head, code_init="centroids")
+    print("next:", shlex.join(["python", "train.py", *_arguments(flags, overrides, head)]))
+
+
+def _with_head(config: schema.Config, flags: Flags) -> schema.Config:
+    """The configuration with a head that takes the map."""
+    head = config.model.head
+    head = dataclasses.replace(
+        head if isinstance(head, schema.VQHead) else schema.VQHead(),
+        assignment="file",
+        token_map=flags.output,
+        num_codes=flags.num_codes,
+        num_codebooks=flags.num_codebooks,
+        form="product" if flags.method == "product" else "additive",
+        num_own_tokens=flags.own,
+        token_scale=flags.scale,
+        code_init="random",
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+
+
+def _vectors(
+    flags: Flags, config: schema.Config, corpus: Corpus, tokenizer: Tokenizer, vocab_size: int
+) -> np.ndarray:
+    if flags.vectors == "cooccurrence":
+        return cooccurrence_vectors(
+            data.encoded_documents(tokenizer, corpus.split("train"), config.data.count_documents),
+            vocab_size,
+            flags.dim or config.model.embed_dim,
+            window=flags.window,
+            num_contexts=flags.num_contexts,
+        )
+    path = Path(flags.vectors).expanduser()
+    if flags.dim is not None:
+        raise UserError(f"--dim={flags.dim}: needs --vectors=cooccurrence, not {flags.vectors!r}")
+    if path.is_dir():
+        return head_vectors(path, vocab_size, data.tokenizer_fingerprint(tokenizer))
+    return load_vectors(path, vocab_size)
+
+
+def _sources(flags: Flags, width: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+    cooccurrence = {"window": flags.window, "num_contexts": flags.num_contexts}
+    return {
+        "vectors": {"source": flags.vectors, "dim": width}
+        | (cooccurrence if flags.vectors == "cooccurrence" else {}),
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "tokenizer": data.tokenizer_fingerprint(tokenizer),
+        "vqcx_jax": vqcx_jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _arguments(flags: Flags, overrides: list[tuple[str, str]], head: schema.VQHead) -> list[str]:
+    """Flags of train.py for a run with this head."""
+    of_head = [(f"model.head.{name}", str(getattr(head, name)).lower()) for name in _SET_BY_MAP]
+    settings = [*overrides, *of_head, ("model.head.token_map", flags.output)]
+    return [f"--config={flags.config}", *(f"--config.{path}={value}" for path, value in settings)]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""The token map that a config asks for."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from vqcx_jax.config import schema
+from vqcx_jax.errors import DataError
+from vqcx_jax.maps.fixed import by_frequency, contiguous_map, frequency_map, random_map
+from vqcx_jax.maps.token_map import TokenMap
+
+
+def make_map(
+    head: schema.VQHead,
+    *,
+    vocab_size: int,
+    embed_dim: int,
+    counts: np.ndarray,
+    seed: int,
+    tokenizer: str | None = None,
+) -> TokenMap:
+    """Makes the map of a head, or reads the one that it names.
+
+    Args:
+        head: of a validated config.
+        vocab_size: V.
+        embed_dim: D, width of the hidden state.
+        counts: int (V,) occurrences in the training text.
+        seed: for assignment="random".
+        tokenizer: fingerprint of the tokenizer in use, which a map that is read must fit.
+
+    Raises:
+        DataError: counts or a map that do not fit the vocabulary or the head.
+    """
+    if head.assignment == "file":
+        return _read(head, vocab_size, embed_dim, tokenizer)
+    if counts.shape != (vocab_size,):
+        raise DataError(f"counts of shape {counts.shape}: expected one a token, ({vocab_size},)")
+    order = by_frequency(counts)
+    own = order[: head.num_own_tokens].astype(np.int32)
+    coded = np.sort(order[head.num_own_tokens :])
+    codes = np.zeros((vocab_size, head.num_codebooks), np.int32)
+    codes[coded] = _codes(head, counts[coded], seed)
+    return TokenMap(codes, (head.num_codes,) * head.num_codebooks, own_tokens=own)
+
+
+def _codes(head: schema.VQHead, counts: np.ndarray, seed: int) -> np.ndarray:
+    if head.assignment == "random":
+        return random_map(len(counts), head.num_codes, seed, head.num_codebooks)
+    if head.assignment == "contiguous":
+        return contiguous_map(len(counts), head.num_codes)
+    return frequency_map(counts, head.num_codes)
+
+
+def _read(head: schema.VQHead, vocab_size: int, embed_dim: int, tokenizer: str | None) -> TokenMap:
+    assert head.token_map is not None
+    token_map = TokenMap.load(
+        Path(head.token_map).expanduser(), vocab_size=vocab_size, tokenizer=tokenizer
+    )
+    _check_sizes(head, token_map)
+    if head.code_init == "random":
+        return dataclasses.replace(token_map, codebooks=None, scale=None, own_vectors=None)
+    _check_start(head, token_map, embed_dim)
+    return token_map
+
+
+def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:
+    sizes = {
+        "num_codebooks": (head.num_codebooks, token_map.num_codebooks),
+        "num_codes": ((head.num_codes,) * head.num_codebooks, token_map.num_codes),
+        "num_own_tokens": (head.num_own_tokens, len(token_map.own_tokens)),
+    }
+    for name, (wanted, found) in sizes.items():
+        if wanted != found:
+            value = getattr(head, name)
+            accepted = found[0] if isinstance(found, tuple) and len(set(found)) == 1 else found
+            raise DataError(f"model.head.{name}={value}: the map {head.token_map!r} has {accepted}")
+
+
+def _check_start(head: schema.VQHead, token_map: TokenMap, embed_dim: int) -> None:
+    centroids = f"model.head.code_init='centroids': the map {head.token_map!r}"
+    if token_map.codebooks is None:
+        raise DataError(f"{centroids} has no codebooks")
+    if token_map.scale is not None and not head.token_scale:
+        raise DataError(f"{centroids} has a scale per token, which needs model.head.token_scale")
+    slices = head.num_codebooks if head.form == "product" else 1
+    widths = {codebook.shape[1] for codebook in token_map.codebooks}
+    if widths != {embed_dim // slices}:
+        raise DataError(
+            f"{centroids} has code vectors of width {', '.join(map(str, sorted(widths)))}; "
+            f"model.head.form={head.form!r} needs {embed_dim // slices}"
+        )
+    own = token_map.own_vectors
+    if own is not None and own.shape[1] != embed_dim:
+        raise DataError(
+            f"{centroids} has own vectors of width {own.shape[1]}; must be "
+            f"model.embed_dim={embed_dim}"
+        )
