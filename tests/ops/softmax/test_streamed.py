@@ -25,6 +25,7 @@ class Case(NamedTuple):
     dim: int = 16
     bias_scale: float | None = 1.0
     logit_scale: float = 1.0
+    cap: float | None = None
 
 
 CASES = {
@@ -37,6 +38,8 @@ CASES = {
     "no_bias": Case(1009, 128, bias_scale=None),
     "large_logits": Case(1009, 128, logit_scale=100.0),
     "large_bias": Case(1009, 128, bias_scale=100.0),
+    "capped": Case(1009, 128, leading=(2, 3), logit_scale=3.0, cap=2.0),
+    "capped_no_bias": Case(7, 4, bias_scale=None, cap=0.5),
     "large_vocabulary": Case(50_257, 1024),
 }
 
@@ -64,8 +67,12 @@ def make(case: Case, dtype: Any = jnp.float32) -> Inputs:
     )
 
 
-def definition(h: Any, weights: Any, targets: Any, bias: Any = None) -> Any:
+def definition(
+    h: Any, weights: Any, targets: Any, bias: Any = None, cap: float | None = None
+) -> Any:
     z = h @ weights.T
+    if cap is not None:
+        z = cap * jnp.tanh(z / cap)
     return nll_of_logits(z if bias is None else z + bias, targets)
 
 
@@ -93,16 +100,18 @@ def rms_error(actual: Any, expected: np.ndarray) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
-def streamed(block: int) -> Callable[..., Any]:
-    return partial(softmax.streamed_nll, vocab_block=block)
+def streamed(block: int, **options: Any) -> Callable[..., Any]:
+    return partial(softmax.streamed_nll, vocab_block=block, **options)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_float32_values_and_gradients(case: Case, in_float64: Any, max_error: Any) -> None:
     x = make(case)
-    values, gradients = jax.jit(values_and_gradients(streamed(case.block)))(x)
+    nll = streamed(case.block, cap=case.cap)
+    values, gradients = jax.jit(values_and_gradients(nll))(x)
     chex.assert_shape(values, case.leading)
-    true_values, true_gradients = in_float64(values_and_gradients(definition), x)
+    exact = partial(definition, cap=case.cap)
+    true_values, true_gradients = in_float64(values_and_gradients(exact), x)
     # A hundred roundings of float32, for a sum of D products and one of V exponentials.
     chex.assert_trees_all_close(values, true_values, rtol=1e-5)
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(true_gradients), strict=True)
@@ -111,19 +120,26 @@ def test_float32_values_and_gradients(case: Case, in_float64: Any, max_error: An
         assert max_error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["smaller_than_block", "ragged", "no_bias", "large_logits"])
+@pytest.mark.parametrize(
+    "name", ["smaller_than_block", "ragged", "no_bias", "large_logits", "capped"]
+)
 def test_bfloat16_inputs(name: str, in_float64: Any, max_error: Any) -> None:
     case = CASES[name]
     x = make(case, jnp.bfloat16)
-    values, gradients = jax.jit(values_and_gradients(streamed(case.block)))(x)
-    true_values, true_gradients = in_float64(values_and_gradients(definition), x)
+    nll = streamed(case.block, cap=case.cap)
+    values, gradients = jax.jit(values_and_gradients(nll))(x)
+    exact = partial(definition, cap=case.cap)
+    true_values, true_gradients = in_float64(values_and_gradients(exact), x)
     assert [v.dtype for v in values] == [jnp.float32] * 2
     chex.assert_trees_all_close(values, true_values, rtol=1e-5)
     # The bias never meets a bfloat16 number.
     if x.bias is not None:
         assert max_error(gradients[2], true_gradients[2]) <= 1e-5
     # Rounding d_z is one rounding more than float32 d_z has: sqrt(2) times its error on average.
-    for nll in (softmax.nll, float32_logits):
+    plain_nlls = [partial(softmax.nll, cap=case.cap)]
+    if case.cap is None:
+        plain_nlls.append(float32_logits)
+    for nll in plain_nlls:
         _, plain = jax.jit(values_and_gradients(nll))(x)
         for i in (0, 1):
             assert gradients[i].dtype == jnp.bfloat16
@@ -229,6 +245,31 @@ def test_inside_shard_map(name: str, axis_type: AxisType) -> None:
     )
     expected = jax.jit(values_and_gradients(streamed(case.block)))(x)
     specs = Inputs(h=P("data"), weights=P(), bias=P(), targets=P("data"), cotangents=P("data"))
+    with jax.set_mesh(mesh):
+        x = Inputs(
+            *(jax.device_put(y, NamedSharding(mesh, s)) for y, s in zip(x, specs, strict=True))
+        )
+        actual = jax.jit(values_and_gradients(sharded))(x)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("case", [Case(1024, 100, cap=2.0), Case(8, 4, bias_scale=None)])
+def test_rows_on_several_devices(case: Case, axis_type: AxisType) -> None:
+    """Rows lie on two axes of two devices each, positions on the third."""
+    case = case._replace(leading=(2, 3))
+    x = make(case)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "a", "b"), axis_types=(axis_type,) * 3)
+    rows = P(("b", "a"))
+    options = {"cap": case.cap, "vocab_axes": ("b", "a")}
+    sharded = jax.shard_map(
+        streamed(case.block, **options),
+        mesh=mesh,
+        in_specs=(P("data"), rows, P("data"), rows),
+        out_specs=P("data"),
+    )
+    expected = jax.jit(values_and_gradients(streamed(case.block, cap=case.cap)))(x)
+    specs = Inputs(h=P("data"), weights=rows, bias=rows, targets=P("data"), cotangents=P("data"))
     with jax.set_mesh(mesh):
         x = Inputs(
             *(jax.device_put(y, NamedSharding(mesh, s)) for y, s in zip(x, specs, strict=True))

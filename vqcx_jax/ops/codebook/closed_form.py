@@ -9,6 +9,7 @@ Everything here is float32 from the code logits on, whatever the dtype of h and 
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.soft_cap import soft_cap
 
 
@@ -66,8 +67,12 @@ def nll(
 
     Returns:
         nll, log_z: float32 (...).
+
+    Raises:
+        UserError: bias is not (V,).
     """
     num_codes = codes.shape[0]
+    check_per_token("bias", bias, assignment.shape[0])
     l = soft_cap(code_logits(h, codes), cap)
     log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.

@@ -1,12 +1,14 @@
 """VQ-Logits with M codebooks: from hidden states to code logits, and from those to token logits.
 
 Token v has one code in each codebook, assignment[v, m], and the logit
-    z_v = sum_m l^(m)[assignment[v, m]] + bias[v],   l^(m) = codebooks[m] . h (code logits).
+    z_v = scale[v] sum_m l^(m)[assignment[v, m]] + bias[v],   l^(m) = codebooks[m] . h,
+the code logits; scale and bias are optional.
 Additive codebooks see all of h, product codebooks a slice each; from the code logits on there is
-no difference. `bilinear` (M = 2) and `streaming` (any M) turn code logits into losses without an
-array of V columns. Code logits are a tuple of M float32 arrays (..., K_m); K_m may differ.
+no difference. `loss` turns code logits into losses without an array of V columns. Code logits are a
+tuple of M float32 arrays (..., K_m); K_m may differ.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -49,18 +51,44 @@ def product_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLog
     widths = [codes.shape[1] for codes in codebooks]
     if sum(widths) != h.shape[-1]:
         raise UserError(f"codebooks have widths {widths}; they must add up to {h.shape[-1]}")
+    if len({codes.shape for codes in codebooks}) == 1:  # One batched product instead of M.
+        h_xMxD = h.reshape(*h.shape[:-1], len(widths), widths[0])
+        stacked = jnp.einsum(
+            "...md,mkd->m...k", h_xMxD, jnp.stack(codebooks), preferred_element_type=jnp.float32
+        )
+        return tuple(stacked)
     slices = jnp.split(h, list(itertools.accumulate(widths))[:-1], axis=-1)
     return tuple(map(closed_form.code_logits, slices, codebooks))
 
 
+def additive_vectors(codebooks: Sequence[jax.Array], codes: jax.Array) -> jax.Array:
+    """Token vectors, of which `additive_code_logits` are the products with h.
+
+    Args:
+        codebooks: M arrays (K_m, D). codes: int (..., M), those of the tokens.
+
+    Returns:
+        (..., D).
+    """
+    return functools.reduce(jnp.add, (c[codes[..., m]] for m, c in enumerate(codebooks)))
+
+
+def product_vectors(codebooks: Sequence[jax.Array], codes: jax.Array) -> jax.Array:
+    """As `additive_vectors`, for `product_code_logits`."""
+    return jnp.concatenate([c[codes[..., m]] for m, c in enumerate(codebooks)], axis=-1)
+
+
 def logits(
-    code_logits: CodeLogits, assignment: jax.Array, bias: jax.Array | None = None
+    code_logits: CodeLogits,
+    assignment: jax.Array,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
     """V logits, for when somebody asks for them.
 
     Args:
         code_logits: M arrays (..., K_m). assignment: int (V, M), column m in [0, K_m).
-        bias: (V,) or None.
+        bias, scale: (V,) or None.
 
     Returns:
         float32 (..., V).
@@ -68,6 +96,8 @@ def logits(
     check_assignment(code_logits, assignment)
     columns = enumerate(code_logits)
     z = sum((l[..., assignment[:, m]] for m, l in columns), start=jnp.float32(0))
+    if scale is not None:
+        z = z * scale.astype(jnp.float32)
     return z if bias is None else z + bias.astype(jnp.float32)
 
 
@@ -76,6 +106,7 @@ def target_logits(
     assignment: jax.Array,
     targets: jax.Array,
     bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
     """Z of the targets alone: float32 (...), for targets int (...). Others as in `logits`."""
     check_assignment(code_logits, assignment)
@@ -85,6 +116,8 @@ def target_logits(
         # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
         is_target = jnp.arange(l.shape[-1]) == codes[..., m, None]
         z = z + jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
+    if scale is not None:
+        z = z * scale.astype(jnp.float32)[targets]
     return z if bias is None else z + bias.astype(jnp.float32)[targets]
 
 

@@ -1,4 +1,4 @@
-"""The full output layer: V rows, V logits. The baseline of every other head."""
+"""Output layers with a row of weights per token: the baselines of every other head."""
 
 from vqcx_jax.ops.softmax.full import logits, nll
 from vqcx_jax.ops.softmax.streamed import nll as streamed_nll

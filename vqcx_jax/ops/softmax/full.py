@@ -7,16 +7,19 @@ from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax.product import product
 
 
-def logits(h: jax.Array, weights: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """z_v = weights[v] . h + bias[v], by `product`.
+def logits(
+    h: jax.Array, weights: jax.Array, bias: jax.Array | None = None, *, cap: float | None = None
+) -> jax.Array:
+    """z_v = soft_cap(weights[v] . h) + bias[v].
 
     Args:
         h: (..., D). weights: (V, D) of the same dtype. bias: (V,) or None.
+        cap: see `ops.soft_cap`; None: no cap.
 
     Returns:
         float32 (..., V).
     """
-    z = product(h, weights)
+    z = soft_cap(product(h, weights), cap)
     return z if bias is None else z + bias.astype(jnp.float32)
 
 
@@ -28,18 +31,16 @@ def nll(
     *,
     cap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """-log softmax(z)[target] and log Z = logsumexp_v z_v.
+    """-log softmax(z)[target] and log Z = logsumexp_v z_v, of z as in `logits`.
 
     Args:
         h: (..., D). weights: (V, D). targets: int (...), values in [0, V). bias: (V,) or None.
-        cap: soft-cap of weights . h, see `ops.soft_cap`; None: as it is.
+        cap: see `ops.soft_cap`; None: no cap.
 
     Returns:
         nll, log_z: float32 (...).
     """
-    z = soft_cap(logits(h, weights), cap)
-    if bias is not None:
-        z = z + bias.astype(jnp.float32)
+    z = logits(h, weights, bias, cap=cap)
     log_z = jax.nn.logsumexp(z, axis=-1)
     # A masked sum instead of a gather: V may be sharded, and no device then holds every row.
     is_target = jnp.arange(weights.shape[0]) == targets[..., None]
