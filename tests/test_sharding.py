@@ -18,6 +18,7 @@ from vqcx_jax.config import schema
 from vqcx_jax.evaluation.generation import generate
 from vqcx_jax.nn import Transformer, functional
 from vqcx_jax.nn.loss import summed_nll
+from vqcx_jax.ops.hierarchical import huffman_paths
 
 RULES = schema.ShardingRules()
 MESHES = {
@@ -27,16 +28,44 @@ MESHES = {
     "tensor4": {"data": 1, "fsdp": 1, "tensor": 4},
 }
 AXIS_TYPES = ("explicit", "auto")
-# Attention and head do not meet: two models cover the two of each.
+# Attention and head do not meet: each of them in one model is enough.
 MODELS: dict[str, dict[str, Any]] = {
     "complex_vq": {"attention": schema.ComplexAttention(), "head": schema.VQHead(num_codes=8)},
     "rope_full": {"attention": schema.RopeAttention(), "head": schema.FullHead(token_bias=True)},
     "complex_full": {"attention": schema.ComplexAttention(), "head": schema.FullHead()},
+    "rope_tied_streamed": {
+        "attention": schema.RopeAttention(),
+        "head": schema.FullHead(
+            tied=True, implementation="streamed", token_bias=True, logit_soft_cap=3.0
+        ),
+    },
+    "rope_low_rank": {
+        "attention": schema.RopeAttention(),
+        "head": schema.LowRankHead(rank=6, token_bias=True),
+    },
+    "rope_adaptive": {
+        "attention": schema.RopeAttention(),
+        "head": schema.AdaptiveHead(cutoffs=(4, 10), head_bias=True),
+    },
+    "rope_two_level": {"attention": schema.RopeAttention(), "head": schema.HierarchicalHead()},
+    "rope_huffman": {
+        "attention": schema.RopeAttention(),
+        "head": schema.HierarchicalHead(tree="huffman"),
+    },
     "rope_vq": {
         "attention": schema.RopeAttention(),
         "head": schema.VQHead(num_codes=8, token_bias=False),
     },
 }
+
+
+BASELINES = (
+    "rope_tied_streamed",
+    "rope_low_rank",
+    "rope_adaptive",
+    "rope_two_level",
+    "rope_huffman",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,17 +99,21 @@ def make_model(
         remat=remat,
         **MODELS[name],
     )
-    assignment: Any = (
-        np.arange(24, dtype=np.int32) % 8 if isinstance(config.head, schema.VQHead) else None
-    )
     graphdef, params, buffers = functional.split(
-        nnx.eval_shape(
-            lambda: Transformer(config, assignment=assignment, rules=rules, rngs=nnx.Rngs(0))
-        )
+        nnx.eval_shape(lambda: Transformer(config, rules=rules, rngs=nnx.Rngs(0)))
     )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: (0.4 * rng.standard_normal(p.shape)).astype(p.dtype), params)
-    return nnx.merge(graphdef, params, jax.tree.map(lambda _: assignment, buffers))
+    return nnx.merge(graphdef, params, jax.tree.map(lambda _: token_map(config.head), buffers))
+
+
+def token_map(head: Any) -> np.ndarray:
+    """Codes, paths or ranks of the 24 tokens."""
+    if isinstance(head, schema.VQHead):
+        return np.arange(24, dtype=np.int32) % head.num_codes
+    if head == schema.HierarchicalHead(tree="huffman"):
+        return huffman_paths(np.arange(24))
+    return np.arange(24, dtype=np.int32)[::-1]
 
 
 def make_batch() -> dict[str, np.ndarray]:
@@ -130,6 +163,10 @@ def assert_same(actual: Any, expected: Any) -> None:
         ("rope_full", "fsdp8", "auto"),
         ("complex_vq", "data2_fsdp2_tensor2", "auto"),
         ("rope_full", "tensor4", "auto"),
+        # Other heads run on each device alone, or as the full head does; this one sums over tensor.
+        ("rope_tied_streamed", "tensor4", "explicit"),
+        ("rope_tied_streamed", "data2_fsdp2_tensor2", "auto"),
+        *((name, "data2_fsdp2_tensor2", "explicit") for name in BASELINES),
     ],
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(
@@ -208,7 +245,13 @@ def test_parameters_lie_where_the_rules_say() -> None:
 
 @pytest.mark.parametrize(
     ("name", "axis_type"),
-    [("complex_vq", "explicit"), ("rope_full", "explicit"), ("rope_full", "auto")],
+    [
+        ("complex_vq", "explicit"),
+        ("rope_full", "explicit"),
+        ("rope_full", "auto"),
+        ("rope_tied_streamed", "explicit"),
+        ("rope_huffman", "explicit"),
+    ],
 )
 def test_generation_does_not_depend_on_the_mesh(name: str, axis_type: str) -> None:
     prompt, rules = np.asarray([3, 1, 4, 1, 5]), dataclasses.replace(RULES, batch=())

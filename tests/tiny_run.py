@@ -98,8 +98,8 @@ def random_state(
     _, params, buffers = functional.split(abstract_model(setup.config))
     generator = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: jnp.asarray(generator.normal(0, 0.3, x.shape), x.dtype), params)
-    if setup.assignment is not None:
-        codes = jnp.asarray(setup.assignment.codes_of_tokens)
+    if setup.token_map is not None:
+        codes = jnp.asarray(setup.token_map.codes[:, 0])
         buffers = jax.tree.map(lambda _: codes, buffers)
     opt_state = (optimizer or tiny_optimizer(setup.config)).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, buffers, opt_state)

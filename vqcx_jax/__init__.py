@@ -4,6 +4,7 @@
 - `nn`: thin Flax NNX modules on them
 - `config`: frozen dataclasses that define a run
 - `data`: corpora, tokenizers, packed batches
+- `maps`: which codes of a VQ head every token has
 - `training`: the loop, its state and its checkpoints
 - `evaluation`: perplexity and generation from a checkpoint
 - `sharding`: logical axes to mesh axes

@@ -46,6 +46,11 @@ def partition_spec(axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def mesh_axes(axis: str, rules: ShardingRules) -> tuple[str, ...]:
+    """The axes of the current mesh that `per_device` cuts a logical axis over; none without one."""
+    return () if _current_axis_type() is None else getattr(rules, axis)
+
+
 def named_sharding(mesh: Mesh, axes: LogicalAxes, rules: ShardingRules) -> NamedSharding:
     """The sharding of an array whose dimensions are `axes`."""
     return NamedSharding(mesh, partition_spec(axes, rules))

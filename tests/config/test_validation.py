@@ -5,7 +5,9 @@ import pytest
 from vqcx_jax.config import Config, apply_overrides, validate
 from vqcx_jax.errors import ConfigError
 
-KMEANS = {"model.head.assignment": "kmeans", "model.head.vectors": "v.npy"}
+FROM_FILE = {"model.head.assignment": "file", "model.head.token_map": "map.npz"}
+TWO_RANDOM = {"model.head.num_codebooks": "2", "model.head.assignment": "random"}
+OWN_500 = {"model.head.num_own_tokens": "500"}
 TFDS = {"data.dataset.kind": "tfds"}
 TENSOR_4 = {"mesh.data": "1", "mesh.tensor": "4"}
 FSDP_4 = {"mesh.data": "1", "mesh.fsdp": "4"}
@@ -21,8 +23,12 @@ def make(**overrides: str) -> Config:
         ({}, None),
         ({}, 1),
         ({}, 8),
-        (KMEANS, 1),
-        (KMEANS | {"model.head.code_init": "centroids"}, 1),
+        (FROM_FILE, 1),
+        (FROM_FILE | {"model.head.code_init": "centroids"}, 1),
+        (FROM_FILE | {"model.head.num_codebooks": "16", "model.head.form": "product"}, 1),
+        (TWO_RANDOM | {"model.head.form": "product", "model.head.token_scale": "true"}, 1),
+        (TWO_RANDOM | {"model.head.num_codebooks": "7"}, 1),  # Additive: 7 need not divide 256.
+        ({"model.vocab_size": "512", "model.head.num_codes": "12", **OWN_500}, 1),
         (TFDS | {"data.dataset.name": "c4/en"}, 1),
         (TFDS | {"data.dataset.path": "/c4"}, 1),
         ({"data.dataset.kind": "wikitext103"}, 1),
@@ -30,6 +36,10 @@ def make(**overrides: str) -> Config:
         ({"model.num_heads": "8", "model.num_kv_heads": "2"}, 1),
         ({"model.vocab_size": "512"}, 1),
         ({"model.vocab_size": "100", "model.head.kind": "full"}, 1),
+        ({"model.head.kind": "full", "model.head.tied": "true", "train.z_loss": "0.1"}, 1),
+        ({"model.head.kind": "low_rank", "model.head.rank": "256"}, 1),
+        ({"model.head.kind": "adaptive", "model.vocab_size": "2049"}, 1),
+        ({"model.head.kind": "hierarchical", "model.vocab_size": "7"}, 1),
         ({"optimizer.schedule": "constant", "train.steps": "10"}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": "240"}, 1),
         ({"train.grad_accumulation": "4"}, 4),
@@ -67,17 +77,90 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             None,
             ["model.head.num_codes=512: must be at most model.vocab_size=511"],
         ),
-        ({"model.head.assignment": "kmeans"}, None, ["model.head.vectors=None: must be an .npy"]),
-        (KMEANS | {"model.head.vectors": ""}, None, ["model.head.vectors='': must be an .npy"]),
         (
-            {"model.head.vectors": "v.npy"},
+            OWN_500 | {"model.vocab_size": "500", "model.head.num_codes": "1"},
             None,
-            ["model.head.vectors='v.npy': needs assignment='kmeans'", "assignment='frequency'"],
+            ["model.head.num_own_tokens=500: must be less than model.vocab_size=500"],
+        ),
+        (
+            OWN_500 | {"model.vocab_size": "512", "model.head.num_codes": "13"},
+            None,
+            ["model.head.num_codes=13: must be at most model.vocab_size=512 less", "tokens=500"],
+        ),
+        (
+            TWO_RANDOM | {"model.head.num_codebooks": "7", "model.head.form": "product"},
+            None,
+            ["model.head.num_codebooks=7: must divide model.embed_dim=256 for form='product'"],
+        ),
+        (
+            {"model.head.num_codebooks": "2"},
+            None,
+            ["model.head.assignment='frequency': must be 'random' or 'file' for", "codebooks=2"],
+        ),
+        (
+            TWO_RANDOM | {"model.head.assignment": "contiguous"},
+            None,
+            ["model.head.assignment='contiguous': must be 'random' or 'file'"],
+        ),
+        (
+            {"model.head.assignment": "file"},
+            None,
+            ["model.head.token_map=None: must be a file of `python -m vqcx_jax.maps`"],
+        ),
+        (
+            FROM_FILE | {"model.head.token_map": ""},
+            None,
+            ["model.head.token_map='': must be a file"],
+        ),
+        (
+            {"model.head.token_map": "map.npz"},
+            None,
+            ["model.head.token_map='map.npz': needs assignment='file'", "assignment='frequency'"],
         ),
         (
             {"model.head.code_init": "centroids"},
             None,
-            ["model.head.code_init='centroids': needs assignment='kmeans'"],
+            ["model.head.code_init='centroids': needs assignment='file'"],
+        ),
+        (
+            {"model.head.kind": "low_rank", "model.head.rank": "257"},
+            None,
+            ["model.head.rank=257: must be at most model.embed_dim=256"],
+        ),
+        (
+            FSDP_4 | {"model.head.kind": "low_rank", "model.head.rank": "30"},
+            4,
+            ["model.head.rank=30: must be divisible by 4, the devices of sharding.embed='fsdp'"],
+        ),
+        (
+            {"model.head.kind": "adaptive", "model.head.cutoffs": "20,20"},
+            None,
+            ["model.head.cutoffs='20,20': must be one or more rising numbers"],
+        ),
+        (
+            {"model.head.kind": "adaptive", "model.head.cutoffs": ""},
+            None,
+            ["model.head.cutoffs='': must be one or more rising numbers"],
+        ),
+        (
+            {"model.head.kind": "adaptive", "model.vocab_size": "2048"},
+            None,
+            ["model.head.cutoffs='512,2048': must end below model.vocab_size=2048"],
+        ),
+        (
+            {"model.head.kind": "adaptive", "model.head.div_value": "17.0"},
+            None,
+            ["model.head.div_value=17.0: leaves the last of 2 clusters no dimension of", "256"],
+        ),
+        (
+            {"model.head.kind": "adaptive", "train.z_loss": "0.1"},
+            None,
+            ["train.z_loss=0.1: has no effect on model.head.kind='adaptive'", "must be 0"],
+        ),
+        (
+            {"model.head.kind": "hierarchical", "train.z_loss": "0.1"},
+            None,
+            ["train.z_loss=0.1: has no effect on model.head.kind='hierarchical'"],
         ),
         ({"data.dataset.kind": "text_files"}, None, ["data.dataset.path='': must be a file"]),
         (TFDS, None, ["data.dataset.name=None: exactly one of", "data.dataset.path=None"]),

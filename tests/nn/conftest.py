@@ -51,10 +51,7 @@ def make_config() -> Callable[..., schema.Model]:
 @pytest.fixture(scope="session")
 def abstract_transformer() -> Callable[[schema.Model], Transformer]:
     def make(config: schema.Model) -> Transformer:
-        assignment = None
-        if isinstance(config.head, schema.VQHead):
-            assignment = jnp.zeros((config.vocab_size,), jnp.int32)
-        return nnx.eval_shape(lambda: Transformer(config, assignment=assignment, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
 
     return make
 

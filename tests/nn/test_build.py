@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vqcx_jax.assignment import Assignment
 from vqcx_jax.config import schema
+from vqcx_jax.maps import TokenMap
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model, build_model
 
@@ -31,9 +31,9 @@ MAP = np.arange(11, dtype=np.int32) % 3
 @pytest.fixture(scope="module")
 def model() -> Any:
     centroids = np.arange(24, dtype=np.float32).reshape(3, 8)
-    return jax.jit(lambda key: build_model(CONFIG, Assignment(MAP, centroids), key))(
-        jax.random.key(0)
-    )
+    return jax.jit(
+        lambda key: build_model(CONFIG, TokenMap(MAP[:, None], (3,), (centroids,)), key)
+    )(jax.random.key(0))
 
 
 def test_assignment_and_centroids_are_taken(model: Any) -> None:
@@ -57,7 +57,7 @@ def test_abstract_model_is_the_same_without_arrays(model: Any) -> None:
 
 
 def test_same_key_same_model(model: Any) -> None:
-    build = jax.jit(lambda key: build_model(CONFIG, Assignment(MAP), key))
+    build = jax.jit(lambda key: build_model(CONFIG, TokenMap(MAP[:, None], (3,)), key))
     first, again, other = (build(jax.random.key(seed)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(jax.tree.leaves(first), jax.tree.leaves(again))
     assert not np.array_equal(first.embedding.table[...], other.embedding.table[...])

@@ -214,14 +214,6 @@ def test_the_module_is_a_pytree(make_model: Callable[..., Transformer], batch: B
     assert loss_and_gradient(stepped)[0] < before
 
 
-def test_vq_head_needs_an_assignment(make_config: Callable[..., schema.Model]) -> None:
-    for assignment, shape in [(None, "None"), (jnp.zeros((5,), jnp.int32), r"\(5,\)")]:
-        with pytest.raises(ValueError, match=rf"assignment of shape {shape}.*\(29,\)"):
-            nnx.eval_shape(
-                lambda a=assignment: Transformer(make_config(), assignment=a, rngs=nnx.Rngs(0))
-            )
-
-
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation

@@ -33,6 +33,22 @@ def test_full_head_multiplies_with_every_row() -> None:
     assert matrix_parameters(full)[1] == 800
 
 
+@pytest.mark.parametrize(
+    ("head", "weights"),
+    [
+        (schema.LowRankHead(rank=3), 3 * 8 + 100 * 3),
+        # 20 frequent tokens and 2 clusters; 30 tokens of width 4 and 50 of width 2.
+        (schema.AdaptiveHead(cutoffs=(20, 50), div_value=2.0), 22 * 8 + 4 * 38 + 2 * 58),
+        # 10 classes of 10 tokens, of which a position sees one.
+        (schema.HierarchicalHead(), (10 + 10) * 8),
+        # ceil(log2 100) = 7 steps, padded by 8.
+        (schema.HierarchicalHead(tree="huffman"), 15 * 8),
+    ],
+)
+def test_baseline_heads(head: schema.HeadConfig, weights: int) -> None:
+    assert matrix_parameters(schema.Model(vocab_size=100, embed_dim=8, head=head))[1] == weights
+
+
 class Device:
     def __init__(self, kind: str):
         self.device_kind = kind

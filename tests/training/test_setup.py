@@ -1,12 +1,16 @@
 """What a run may change when it goes on from a checkpoint, and what a user reads if it may not."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config, write_documents
 
-from vqcx_jax.errors import CheckpointError, UserError
+from vqcx_jax.data import tokenizer_fingerprint
+from vqcx_jax.errors import CheckpointError, DataError, UserError
+from vqcx_jax.maps import TokenMap
+from vqcx_jax.nn.heads.frequency_order import paths_of
 from vqcx_jax.training.setup import Setup, prepare
 
 
@@ -29,7 +33,7 @@ def resume(corpus: Path, checkpoints: Path, **overrides: str) -> Setup:
 def test_the_same_config_goes_on(corpus: Path, checkpoints: Path) -> None:
     setup = resume(corpus, checkpoints)
     assert setup.config == tiny_config(corpus)
-    assert setup.assignment is None  # It is in the checkpoint.
+    assert setup.token_map is None  # It is in the checkpoint.
 
 
 @pytest.mark.parametrize(
@@ -115,13 +119,76 @@ def test_another_architecture_names_every_weight(corpus: Path, checkpoints: Path
 
 def test_token_map_follows_the_counts_of_the_training_text(corpus: Path, tmp_path: Path) -> None:
     setup = prepare(tiny_config(corpus), tmp_path, None)
-    assert setup.assignment is not None
-    codes = setup.assignment.codes_of_tokens
+    assert setup.token_map is not None
+    codes = setup.token_map.codes[:, 0]
     assert codes.shape == (264,) and set(codes) == set(range(32))
     # A blank and an e are frequent and have codes of their own; unseen bytes share.
     for character in " e":
         assert np.sum(codes == codes[ord(character)]) == 1
     assert np.sum(codes == codes[0]) > 10
+
+
+def test_own_tokens_are_the_most_frequent(corpus: Path, tmp_path: Path) -> None:
+    setup = prepare(tiny_config(corpus, model__head__num_own_tokens="2"), tmp_path, None)
+    assert setup.token_map is not None and setup.token_counts is not None
+    assert setup.token_map.own_tokens.tolist() == [ord(" "), ord("e")]
+    # Every byte of the vocabulary has a count; those that the tokenizer lacks have none.
+    assert setup.token_counts.shape == (264,) and not setup.token_counts[257:].any()
+    assert setup.token_counts.argmax() == ord(" ")
+
+
+def test_token_map_from_a_file_must_be_of_the_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    made_for_bytes = prepare(tiny_config(corpus), tmp_path, None)
+    assert made_for_bytes.token_map is not None
+    fingerprint = tokenizer_fingerprint(made_for_bytes.tokenizer)
+    path = tmp_path / "map.npz"
+    dataclasses.replace(made_for_bytes.token_map, provenance={"tokenizer": fingerprint}).save(path)
+    from_file = {"model__head__assignment": "file", "model__head__token_map": str(path)}
+    setup = prepare(tiny_config(corpus, **from_file), tmp_path, None)
+    assert setup.token_map is not None
+    np.testing.assert_array_equal(setup.token_map.codes, made_for_bytes.token_map.codes)
+    with pytest.raises(DataError, match="made for another vocabulary, of the tokenizer"):
+        prepare(tiny_config(corpus, **from_file, data__tokenizer__kind="word"), tmp_path, None)
+
+
+def test_token_map_may_move(corpus: Path, tmp_path: Path) -> None:
+    first = prepare(tiny_config(corpus), tmp_path, None)
+    assert first.token_map is not None
+    first.token_map.save(tmp_path / "map.npz")
+    from_file = {"model__head__assignment": "file"}
+    token_map = str(tmp_path / "map.npz")
+    config = tiny_config(corpus, **from_file, model__head__token_map=token_map)
+    save_checkpoint(config, tmp_path / "run", step=3)
+    moved = tiny_config(corpus, **from_file, model__head__token_map="elsewhere.npz")
+    # The checkpoint has the map; the file is no longer read.
+    assert prepare(moved, tmp_path / "run/checkpoints", 3).config == moved
+
+
+def test_tokens_are_ordered_by_the_counts_of_the_training_text(
+    corpus: Path, tmp_path: Path
+) -> None:
+    def token_map(**head: str) -> TokenMap:
+        overrides = {f"model__head__{name}": value for name, value in head.items()}
+        setup = prepare(tiny_config(corpus, **overrides), tmp_path, None)
+        assert setup.token_map is not None
+        return setup.token_map
+
+    ranks = token_map(kind="hierarchical").codes
+    assert ranks.shape == (264, 1) and ranks[ord(" ")] == 0 and ranks[ord("q")] < ranks[0]
+    adaptive = token_map(kind="adaptive", cutoffs="10,60", div_value="2.0")
+    np.testing.assert_array_equal(adaptive.codes, ranks)
+    paths = paths_of(token_map(kind="hierarchical", tree="huffman"))
+    assert paths.shape == (264, 17)
+    assert np.sum(paths[ord(" ")] > 0) < np.sum(paths[ord("q")] > 0) < np.sum(paths[0] > 0)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [{"model__head__kind": "full"}, {"model__head__kind": "low_rank", "model__head__rank": "4"}],
+)
+def test_heads_without_a_token_map(corpus: Path, tmp_path: Path, head: dict[str, str]) -> None:
+    setup = prepare(tiny_config(corpus, **head), tmp_path, None)
+    assert setup.token_map is None and setup.token_counts is None
 
 
 def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path: Path) -> None:
@@ -136,8 +203,8 @@ def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path:
         ({"data__dataset__text_field": "body"}, "data.dataset.text_field='body'"),
         ({"data__tokenizer__kind": "bpe"}, "data.tokenizer.vocab_size=4096"),
         (
-            {"model__head__assignment": "kmeans", "model__head__vectors": "none.npy"},
-            "model.head.vectors='none.npy'",
+            {"model__head__assignment": "file", "model__head__token_map": "none.npz"},
+            "token map 'none.npz': not a readable .npz file",
         ),
     ],
 )

@@ -48,18 +48,66 @@ class RopeAttention:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class VQHead:
-    """VQ-Logits with one codebook: token v has the logit of code assignment[v], plus bias[v]."""
+    """VQ-Logits: a token has M codes, one a codebook, and its logit is the sum of theirs."""
 
     kind: Literal["vq"] = "vq"
+    # Code vectors of each codebook.
     num_codes: Positive = 512
-    assignment: Literal["random", "contiguous", "frequency", "kmeans"] = "frequency"
-    # For assignment="kmeans": an .npy file of V rows, one vector per token.
-    vectors: str | None = None
-    # "centroids" starts the codebook from the k-means centroids (needs rows of width embed_dim).
+    num_codebooks: Positive = 1
+    # "additive": code vectors are as wide as the hidden state; "product": codebook m sees the m-th
+    # of num_codebooks equal slices of it.
+    form: Literal["additive", "product"] = "additive"
+    # Which codes a token has. "file": those of `token_map`; the others are made before training.
+    assignment: Literal["random", "contiguous", "frequency", "file"] = "frequency"
+    # For assignment="file": a token map, as `python -m vqcx_jax.maps` writes it.
+    token_map: str | None = None
+    # "centroids" starts code vectors, token scales and own vectors from those of `token_map`.
     code_init: Literal["random", "centroids"] = "random"
+    # So many tokens have a vector of their own instead of codes: the most frequent ones, or those
+    # of `token_map`.
+    num_own_tokens: NonNegative = 0
+    # A trained factor per token on the part of its logit that depends on the hidden state.
+    token_scale: bool = False
+    # How the loss is computed with more than two codebooks or with scales, see `MultiVQHead`:
+    # from token vectors that are built in every step (True), or from codes (False).
+    # None: from vectors, unless there is a soft-cap.
+    expand_vectors: bool | None = None
+    # Learn the map: every token chooses, in each codebook, among so many codes nearest to the one
+    # that it starts with. None: codes stay what they are.
+    learned_candidates: Annotated[int, Field(ge=2)] | None = None
+    # Codes that are learned are drawn while training (straight-through Gumbel-softmax).
+    gumbel: bool = True
+    # The input embedding is made of the same codes and vectors, trained by both uses. Needs more
+    # than one codebook: the input must tell tokens apart.
+    tied: bool = False
     token_bias: bool = True
     # Code logits go through cap * tanh(l / cap), before the token's bias. None: as they are.
     logit_soft_cap: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TwoLevelVQHead:
+    """VQ-Logits in two levels: first the code, then the rank of the token within it."""
+
+    kind: Literal["two_level_vq"] = "two_level_vq"
+    num_codes: Positive = 128
+    # Tokens of the largest code. None: V / num_codes, for codes of equal size.
+    num_ranks: Positive | None = None
+    # As in VQHead.
+    assignment: Literal["random", "contiguous", "file"] = "contiguous"
+    token_map: str | None = None
+    code_init: Literal["random", "centroids"] = "random"
+    token_bias: bool = True
+
+    def first_level(self) -> VQHead:
+        """A head of one codebook with the same token map."""
+        return VQHead(
+            num_codes=self.num_codes,
+            assignment=self.assignment,
+            token_map=self.token_map,
+            code_init=self.code_init,
+            token_bias=self.token_bias,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -67,10 +115,53 @@ class FullHead:
     """The ordinary output layer: V rows of width embed_dim."""
 
     kind: Literal["full"] = "full"
+    # The rows are those of the input embedding: one table, trained by both uses.
+    tied: bool = False
+    # How the loss is computed. "plain" keeps the logits of all positions; "streamed" holds a block
+    # of the vocabulary at a time, and computes four products where "plain" has three.
+    implementation: Literal["plain", "streamed"] = "plain"
     token_bias: bool = False
     # Products of rows and hidden state go through cap * tanh(z / cap), before the token's bias.
     # None: as they are.
     logit_soft_cap: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LowRankHead:
+    """A full output layer whose V x embed_dim weights are a product of two thin matrices."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: Positive = 64
+    token_bias: bool = False
+    # As in FullHead.
+    logit_soft_cap: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdaptiveHead:
+    """Adaptive softmax (Grave et al. 2017): rare tokens in clusters, with narrower vectors."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    # Ranks by frequency at which clusters begin; those before the first have full width.
+    cutoffs: tuple[Positive, ...] = (512, 2048)
+    # Cluster i has vectors of width embed_dim / div_value^(i + 1).
+    div_value: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
+    head_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class HierarchicalHead:
+    """Hierarchical softmax over tokens ordered by frequency."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    # "two_level": a softmax over classes of about sqrt(V) tokens, and one within the class;
+    # "huffman": a sigmoid at each step through a Huffman tree.
+    tree: Literal["two_level", "huffman"] = "two_level"
+    # One for every class and token, or for every inner node.
+    bias: bool = True
+
+
+HeadConfig = VQHead | TwoLevelVQHead | FullHead | LowRankHead | AdaptiveHead | HierarchicalHead
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -89,7 +180,7 @@ class Model:
     attention: ComplexAttention | RopeAttention = Field(
         default_factory=ComplexAttention, discriminator="kind"
     )
-    head: VQHead | FullHead = Field(default_factory=VQHead, discriminator="kind")
+    head: HeadConfig = Field(default_factory=VQHead, discriminator="kind")
     # Parameters are always float32; this is the type of activations and matrix products.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # What the backward pass recomputes: nothing, all but matrix products, or the whole layer.
@@ -205,7 +296,7 @@ class Data:
     # Rows of seq_len tokens per optimizer step, over all processes and microbatches.
     batch_size: Positive = 16
     shuffle_seed: NonNegative = 0
-    # Training documents counted for assignment="frequency". None: all of them.
+    # Training documents in which tokens are counted, for heads that need it. None: all.
     count_documents: Positive | None = 100_000
     # Packed rows of one process that are shuffled together, so that a batch mixes documents.
     shuffle_rows: Positive = 1024
@@ -243,7 +334,7 @@ class Training:
     seed: NonNegative = 0
     # Microbatches per step: batch_size is split into this many, gradients are summed.
     grad_accumulation: Positive = 1
-    # Coefficient of log(Z)^2 in the loss.
+    # Coefficient of log(Z)^2 in the loss, for heads that have a Z.
     z_loss: NonNegativeFloat = 0.0
     log_every: Positive = 10
     # Periodic evaluation on the validation split; 0: only at the end.

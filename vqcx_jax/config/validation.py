@@ -7,9 +7,12 @@ from typing import NoReturn
 from vqcx_jax.config.mesh import minimum_mesh_shape, resolve_mesh_shape
 from vqcx_jax.config.schema import (
     TFDS,
+    AdaptiveHead,
     Config,
     Data,
+    HierarchicalHead,
     JSONTokenizer,
+    LowRankHead,
     MeshAxes,
     MeshAxis,
     Model,
@@ -17,6 +20,7 @@ from vqcx_jax.config.schema import (
     SentencePieceTokenizer,
     ShardingRules,
     TextFiles,
+    TwoLevelVQHead,
     VQHead,
 )
 from vqcx_jax.errors import ConfigError
@@ -42,6 +46,7 @@ def validate(config: Config, device_count: int | None = None) -> Config:
       ConfigError: names the field, its value and what is accepted.
     """
     _check_model(config.model)
+    _check_z_loss(config)
     _check_data(config.data)
     _check_schedule(config.optimizer, config.train.steps)
     _check_sharding_rules(config.sharding)
@@ -65,28 +70,126 @@ def _check_model(model: Model) -> None:
             model.num_kv_heads,
             f"must divide model.num_heads={model.num_heads}",
         )
+    if isinstance(model.head, LowRankHead) and model.head.rank > model.embed_dim:
+        _fail(
+            "model.head.rank",
+            model.head.rank,
+            f"must be at most model.embed_dim={model.embed_dim}",
+        )
+    if isinstance(model.head, AdaptiveHead):
+        _check_clusters(model.head, model)
     if isinstance(model.head, VQHead):
         _check_codes(model.head, model.vocab_size)
+        _check_form(model.head, model.embed_dim)
+        _check_learned(model.head)
+        _check_token_map(model.head)
+    if isinstance(model.head, TwoLevelVQHead):
+        _check_codes(model.head.first_level(), model.vocab_size)
+        _check_token_map(model.head.first_level())
+
+
+def _check_clusters(head: AdaptiveHead, model: Model) -> None:
+    cutoffs = ",".join(map(str, head.cutoffs))
+    if not head.cutoffs or list(head.cutoffs) != sorted(set(head.cutoffs)):
+        _fail("model.head.cutoffs", cutoffs, "must be one or more rising numbers")
+    if model.vocab_size is not None and head.cutoffs[-1] >= model.vocab_size:
+        _fail(
+            "model.head.cutoffs",
+            cutoffs,
+            f"must end below model.vocab_size={model.vocab_size}",
+        )
+    if model.embed_dim < head.div_value ** len(head.cutoffs):
+        _fail(
+            "model.head.div_value",
+            head.div_value,
+            f"leaves the last of {len(head.cutoffs)} clusters no dimension of "
+            f"model.embed_dim={model.embed_dim}",
+        )
+
+
+def _check_z_loss(config: Config) -> None:
+    head = config.model.head
+    if config.train.z_loss and isinstance(head, AdaptiveHead | HierarchicalHead | TwoLevelVQHead):
+        _fail(
+            "train.z_loss",
+            config.train.z_loss,
+            f"has no effect on model.head.kind={head.kind!r}, whose probabilities add up to one "
+            "by construction; must be 0",
+        )
 
 
 def _check_codes(head: VQHead, vocab_size: int | None) -> None:
-    if vocab_size is not None and head.num_codes > vocab_size:
+    if vocab_size is None:
+        return
+    if head.num_own_tokens >= vocab_size:
         _fail(
-            "model.head.num_codes", head.num_codes, f"must be at most model.vocab_size={vocab_size}"
+            "model.head.num_own_tokens",
+            head.num_own_tokens,
+            f"must be less than model.vocab_size={vocab_size}",
         )
-    if head.assignment == "kmeans":
-        if not head.vectors:
+    if head.num_codes > vocab_size - head.num_own_tokens:
+        less = f" less model.head.num_own_tokens={head.num_own_tokens}"
+        _fail(
+            "model.head.num_codes",
+            head.num_codes,
+            f"must be at most model.vocab_size={vocab_size}{less if head.num_own_tokens else ''}",
+        )
+
+
+def _check_form(head: VQHead, embed_dim: int) -> None:
+    if head.form == "product" and embed_dim % head.num_codebooks:
+        _fail(
+            "model.head.num_codebooks",
+            head.num_codebooks,
+            f"must divide model.embed_dim={embed_dim} for form='product'",
+        )
+    if head.num_codebooks > 1 and head.assignment in ("contiguous", "frequency"):
+        _fail(
+            "model.head.assignment",
+            head.assignment,
+            f"must be 'random' or 'file' for model.head.num_codebooks={head.num_codebooks}",
+        )
+    if head.tied and head.num_codebooks == 1:
+        _fail("model.head.tied", True, "needs model.head.num_codebooks of 2 or more")
+    if head.expand_vectors is not None and head.num_codebooks <= 2 and not head.token_scale:
+        _fail(
+            "model.head.expand_vectors",
+            head.expand_vectors,
+            "must be None with one or two codebooks without scales: their loss has a closed form",
+        )
+    if head.expand_vectors and head.logit_soft_cap is not None:
+        _fail(
+            "model.head.expand_vectors",
+            head.expand_vectors,
+            f"must be False or None with model.head.logit_soft_cap={head.logit_soft_cap}",
+        )
+
+
+def _check_learned(head: VQHead) -> None:
+    if head.learned_candidates is None:
+        return
+    name = "model.head.learned_candidates"
+    if head.learned_candidates > head.num_codes:
+        accepted = f"must be at most model.head.num_codes={head.num_codes}"
+        _fail(name, head.learned_candidates, accepted)
+    if head.logit_soft_cap is not None or head.expand_vectors is False:
+        _fail(name, head.learned_candidates, "needs expanded vectors, which have no soft-cap")
+
+
+def _check_token_map(head: VQHead) -> None:
+    if head.assignment == "file":
+        if not head.token_map:
             _fail(
-                "model.head.vectors",
-                head.vectors,
-                "must be an .npy file with one vector per token for assignment='kmeans'",
+                "model.head.token_map",
+                head.token_map,
+                "must be a file of `python -m vqcx_jax.maps` for assignment='file'",
             )
         return
-    only_kmeans = f"needs assignment='kmeans', but model.head.assignment={head.assignment!r}"
-    if head.vectors is not None:
-        _fail("model.head.vectors", head.vectors, only_kmeans)
+    only_file = f"needs assignment='file', but model.head.assignment={head.assignment!r}"
+    if head.token_map is not None:
+        _fail("model.head.token_map", head.token_map, only_file)
     if head.code_init == "centroids":
-        _fail("model.head.code_init", head.code_init, only_kmeans)
+        _fail("model.head.code_init", head.code_init, only_file)
 
 
 def _check_data(data: Data) -> None:
@@ -168,6 +271,8 @@ def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
         sharded.append(("model.vocab_size", model.vocab_size, "vocab"))
     if isinstance(model.head, VQHead):
         sharded.append(("model.head.num_codes", model.head.num_codes, "codes"))
+    if isinstance(model.head, LowRankHead):
+        sharded.append(("model.head.rank", model.head.rank, "embed"))
     for field, size, logical_axis in sharded:
         mesh_axes: MeshAxes = getattr(rules, logical_axis)
         shards = math.prod(mesh[axis] for axis in mesh_axes)

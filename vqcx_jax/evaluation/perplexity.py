@@ -52,7 +52,7 @@ def _exp(x: float) -> float:
 
 def make_eval_step(graphdef: nnx.GraphDef) -> EvalStep:
     """`summed_nll` of a model, jitted: (params, buffers, batch) -> (nll, (nll, tokens))."""
-    return jax.jit(partial(summed_nll, graphdef))
+    return jax.jit(partial(summed_nll, graphdef, deterministic=True))
 
 
 def split_loss(

@@ -5,21 +5,35 @@ They are plain pytrees, so jax.jit takes them as they are. jax.grad takes the tr
 """
 
 from vqcx_jax.nn.attention import Attention, KVCache
-from vqcx_jax.nn.heads import FullHead, Head, VQHead
+from vqcx_jax.nn.heads import (
+    AdaptiveHead,
+    FullHead,
+    Head,
+    HuffmanHead,
+    LowRankHead,
+    MultiVQHead,
+    TwoLevelHead,
+    VQHead,
+)
 from vqcx_jax.nn.layers import MLP, Embedding, RMSNorm
 from vqcx_jax.nn.transformer import Transformer
 from vqcx_jax.nn.variables import Buffer, Param
 
 __all__ = [
     "MLP",
+    "AdaptiveHead",
     "Attention",
     "Buffer",
     "Embedding",
     "FullHead",
     "Head",
+    "HuffmanHead",
     "KVCache",
+    "LowRankHead",
+    "MultiVQHead",
     "Param",
     "RMSNorm",
     "Transformer",
+    "TwoLevelHead",
     "VQHead",
 ]

@@ -47,8 +47,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the tokens, (B, T, D) in the compute dtype."""
-        table = constrain(self.table[...].astype(self.dtype), ("vocab", None), self.rules)
-        return take_rows(table, tokens_BxT, HIDDEN, self.rules)
+        return embed(self.table[...].astype(self.dtype), tokens_BxT, self.rules)
+
+
+def embed(table_VxD: jax.Array, tokens_BxT: jax.Array, rules: ShardingRules) -> jax.Array:
+    """Rows of the tokens, (B, T, D)."""
+    table_VxD = constrain(table_VxD, ("vocab", None), rules)
+    return take_rows(table_VxD, tokens_BxT, HIDDEN, rules)
 
 
 class MLP(nnx.Module):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config import schema
+from vqcx_jax.maps import TokenMap
 from vqcx_jax.nn.attention import Attention, KVCache, Rotary
-from vqcx_jax.nn.heads import FullHead, Head, VQHead
+from vqcx_jax.nn.heads import FullHead, Head, MultiVQHead, make_head
 from vqcx_jax.nn.layers import HIDDEN, MLP, ROWS, Embedding, RMSNorm
 from vqcx_jax.ops.attention import rope_frequencies, rotary_table
 from vqcx_jax.sharding import constrain
@@ -63,8 +64,7 @@ class Transformer(nnx.Module):
 
     Args:
         config: shapes; `vocab_size` must be set.
-        assignment: int (V,) for a VQ head, see `vqcx_jax.assignment`; None for a full head.
-        codes: float32 (K, D) that a VQ head starts from, or None.
+        token_map: for a head of codes, see `make_head`.
         rules: how logical axes are sharded when a mesh is set.
         rngs: a `params` stream.
     """
@@ -73,23 +73,22 @@ class Transformer(nnx.Module):
         self,
         config: schema.Model,
         *,
-        assignment: jax.Array | None = None,
-        codes: jax.Array | None = None,
+        token_map: TokenMap | None = None,
         rules: schema.ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
         rules = rules or schema.ShardingRules()
-        dtype = jnp.dtype(config.dtype)
-        self.embedding = Embedding(
-            config.known_vocab_size(), config.embed_dim, dtype=dtype, rules=rules, rngs=rngs
-        )
+        # With a tied head, its weights are the embedding's table. They are at one place only: a
+        # module is a pytree, and what stands at two places of one is two arrays after jax.jit.
+        tied = isinstance(config.head, schema.FullHead | schema.VQHead) and config.head.tied
+        self.embedding = None if tied else _embedding(config, rules, rngs)
         # One Block whose arrays have a leading layer axis: the layers are scanned, so that
         # compile time does not grow with depth.
         self.blocks = jax.vmap(lambda key: Block(config, rules=rules, rngs=nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), config.num_layers)
         )
         self.final_norm = RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, rules=rules)
-        self.head: Head = _make_head(config, assignment, codes, rules, rngs)
+        self.head: Head = make_head(config, token_map, rules=rules, rngs=rngs)
         self.config = config
         self.rules = rules
 
@@ -124,7 +123,7 @@ class Transformer(nnx.Module):
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.config.remat])
-        x_BxTxD, _ = jax.lax.scan(layer, self.embedding(tokens_BxT), self.blocks)
+        x_BxTxD, _ = jax.lax.scan(layer, self._embed(tokens_BxT), self.blocks)
         return self.final_norm(x_BxTxD)
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
@@ -159,8 +158,14 @@ class Transformer(nnx.Module):
             block, layer_cache = block_and_cache
             return block(x_BxTxD, rotary, segment_ids, layer_cache, cache_length)
 
-        x_BxTxD, cache = jax.lax.scan(layer, self.embedding(tokens_BxT), (self.blocks, cache))
+        x_BxTxD, cache = jax.lax.scan(layer, self._embed(tokens_BxT), (self.blocks, cache))
         return self.final_norm(x_BxTxD), cache
+
+    def _embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        if self.embedding is not None:
+            return self.embedding(tokens_BxT)
+        assert isinstance(self.head, FullHead | MultiVQHead)
+        return self.head.embed(tokens_BxT)
 
     def _rotary(self, positions_BxT: jax.Array) -> Rotary:
         config = self.config
@@ -168,38 +173,11 @@ class Transformer(nnx.Module):
         return Rotary(*rotary_table(positions_BxT, frequencies))
 
 
-def _make_head(
-    config: schema.Model,
-    assignment: jax.Array | None,
-    codes: jax.Array | None,
-    rules: schema.ShardingRules,
-    rngs: nnx.Rngs,
-) -> Head:
-    head, dim, dtype = config.head, config.embed_dim, jnp.dtype(config.dtype)
-    vocab_size = config.known_vocab_size()
-    if isinstance(head, schema.FullHead):
-        return FullHead(
-            vocab_size,
-            dim,
-            token_bias=head.token_bias,
-            logit_soft_cap=head.logit_soft_cap,
-            dtype=dtype,
-            rules=rules,
-            rngs=rngs,
-        )
-    if assignment is None or assignment.shape != (vocab_size,):
-        shape = None if assignment is None else assignment.shape
-        raise ValueError(
-            f"assignment of shape {shape}: a VQ head needs one code a token, ({vocab_size},)"
-        )
-    return VQHead(
-        assignment,
-        head.num_codes,
-        dim,
-        token_bias=head.token_bias,
-        logit_soft_cap=head.logit_soft_cap,
-        codes=codes,
-        dtype=dtype,
+def _embedding(config: schema.Model, rules: schema.ShardingRules, rngs: nnx.Rngs) -> Embedding:
+    return Embedding(
+        config.known_vocab_size(),
+        config.embed_dim,
+        dtype=jnp.dtype(config.dtype),
         rules=rules,
         rngs=rngs,
     )

@@ -3,6 +3,8 @@
 import jax
 
 from vqcx_jax.config import schema
+from vqcx_jax.ops.hierarchical import class_size, path_length
+from vqcx_jax.ops.softmax.adaptive import cluster_shapes
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
 _PEAK_FLOPS = {
@@ -32,12 +34,41 @@ def train_flops_per_token(config: schema.Model, seq_len: int) -> float:
 
 
 def matrix_parameters(config: schema.Model) -> tuple[int, int]:
-    """Weights that take part in matrix products: of all layers, and of the head."""
+    """Weights that take part in a token's matrix products: of all layers, and of the head."""
     attention_width = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     trunk = config.num_layers * config.embed_dim * (attention_width + 3 * config.mlp_dim)
-    head = config.head
-    rows = head.num_codes if isinstance(head, schema.VQHead) else config.known_vocab_size()
-    return trunk, rows * config.embed_dim
+    return trunk, _head_parameters(config)
+
+
+def _head_parameters(config: schema.Model) -> int:
+    vocab_size, dim = config.known_vocab_size(), config.embed_dim
+    match config.head:
+        case schema.VQHead():
+            return _vq_parameters(config.head, vocab_size, dim)
+        case schema.TwoLevelVQHead(num_codes=num_codes, num_ranks=num_ranks):
+            return (num_codes + (num_ranks or -(-vocab_size // num_codes))) * dim
+        case schema.FullHead():
+            return vocab_size * dim
+        case schema.LowRankHead():
+            return config.head.rank * (dim + vocab_size)
+        case schema.AdaptiveHead(cutoffs=cutoffs, div_value=div_value):
+            clusters = cluster_shapes(vocab_size, dim, cutoffs, div_value)
+            tails = sum(width * (dim + size) for size, width in clusters)
+            return (cutoffs[0] + len(cutoffs)) * dim + tails
+        case schema.HierarchicalHead(tree="two_level"):
+            size = class_size(vocab_size)
+            return (-(-vocab_size // size) + size) * dim
+        case schema.HierarchicalHead():
+            return path_length(vocab_size) * dim
+
+
+def _vq_parameters(head: schema.VQHead, vocab_size: int, dim: int) -> int:
+    closes = head.num_codebooks <= 2 and not head.token_scale
+    streams_codes = head.expand_vectors is False or head.logit_soft_cap is not None
+    if head.learned_candidates is not None or not (closes or streams_codes):
+        return vocab_size * dim  # Vectors of all tokens, as of a full head.
+    codes = head.num_codes * (1 if head.form == "product" else head.num_codebooks)
+    return (codes + head.num_own_tokens) * dim
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -87,7 +87,7 @@ class _Run:
         )
         self.eval_step = make_eval_step(graphdef)
         if checkpoints.latest_step is None:
-            self.state = init_state(config, setup.assignment, optimizer, shardings)
+            self.state = init_state(config, setup.token_map, optimizer, shardings)
         else:
             abstract = abstract_state(config, optimizer, shardings)
             self.state = checkpoints.restore(checkpoints.latest_step, abstract, self.batches)

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from vqcx_jax import data
-from vqcx_jax.assignment import Assignment, make_assignment
 from vqcx_jax.checkpoint import check_architecture, load_run
 from vqcx_jax.config import from_json, schema, to_json, validate
 from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.errors import CheckpointError
+from vqcx_jax.maps import TokenMap, make_map
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
+from vqcx_jax.nn.heads import order_by_frequency
 
 # What may differ between a run and the checkpoint it goes on from, besides the sections
 # `optimizer`, `train`, `mesh` and `sharding`: where things lie, not what they are.
@@ -25,7 +26,8 @@ _MAY_DIFFER = {
     "data.dataset.validation_path",
     "data.tokenizer.path",
     "model.dtype",
-    "model.head.vectors",
+    "model.head.implementation",
+    "model.head.token_map",
     "model.remat",
 }
 
@@ -38,13 +40,15 @@ class Setup:
         config: with model.vocab_size set.
         corpus: the text.
         tokenizer: made from the corpus or a file, or the checkpoint's.
-        assignment: the token map of a new run with a VQ head.
+        token_map: of a new run with a head of codes, or one that orders tokens by frequency.
+        token_counts: int64 (V,), how often each token occurs in the training text; with token_map.
     """
 
     config: schema.Config
     corpus: Corpus
     tokenizer: Tokenizer
-    assignment: Assignment | None = None
+    token_map: TokenMap | None = None
+    token_counts: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint stores beside the arrays."""
@@ -70,7 +74,7 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
     if resume_step is None:
         tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
         config = _resolve(config, tokenizer)
-        return Setup(config, corpus, tokenizer, _token_map(config, corpus, tokenizer))
+        return _with_token_map(Setup(config, corpus, tokenizer))
     run = load_run(checkpoints, resume_step)
     tokenizer = data.tokenizer_from_json(run["tokenizer"])
     setup = Setup(_resolve(config, tokenizer), corpus, tokenizer)
@@ -81,26 +85,29 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
     return setup
 
 
-def _token_map(config: schema.Config, corpus: Corpus, tokenizer: Tokenizer) -> Assignment | None:
-    head, vocab_size = config.model.head, config.model.known_vocab_size()
-    if not isinstance(head, schema.VQHead):
-        return None
-    counts = None
-    if head.assignment == "frequency":
-        counts = data.cached_token_counts(
-            tokenizer,
-            corpus,
-            data.cache_directory(config.data.cache_dir),
-            config.data.count_documents,
-        )
-        counts = np.pad(counts, (0, max(0, vocab_size - len(counts))))[:vocab_size]
-    return make_assignment(
-        head,
-        vocab_size=vocab_size,
-        embed_dim=config.model.embed_dim,
+def _with_token_map(setup: Setup) -> Setup:
+    config, model = setup.config, setup.config.model
+    if isinstance(model.head, schema.FullHead | schema.LowRankHead):
+        return setup
+    counts = data.cached_token_counts(
+        setup.tokenizer,
+        setup.corpus,
+        data.cache_directory(config.data.cache_dir),
+        config.data.count_documents,
+        vocab_size=model.known_vocab_size(),
+    )
+    head = model.head
+    if isinstance(head, schema.AdaptiveHead | schema.HierarchicalHead):
+        return dataclasses.replace(setup, token_map=order_by_frequency(head, counts))
+    token_map = make_map(
+        head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head,
+        vocab_size=model.known_vocab_size(),
+        embed_dim=model.embed_dim,
         counts=counts,
         seed=config.train.seed,
+        tokenizer=data.tokenizer_fingerprint(setup.tokenizer),
     )
+    return dataclasses.replace(setup, token_map=token_map, token_counts=counts)
 
 
 def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:

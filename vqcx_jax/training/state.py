@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vqcx_jax.assignment import Assignment
 from vqcx_jax.config import schema
+from vqcx_jax.maps import TokenMap
 from vqcx_jax.nn import Transformer, functional
 from vqcx_jax.nn.build import abstract_model, build_model
 from vqcx_jax.nn.functional import Tree
@@ -50,14 +50,14 @@ def state_shardings(
 
 def init_state(
     config: schema.Config,
-    assignment: Assignment | None,
+    token_map: TokenMap | None,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
 ) -> TrainState:
     """Fresh parameters from `config.train.seed`, each made where it will live."""
 
     def init(key: jax.Array) -> TrainState:
-        _, params, buffers = functional.split(build_model(config, assignment, key))
+        _, params, buffers = functional.split(build_model(config, token_map, key))
         return TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params))
 
     # With Explicit axes random numbers would be made whole on every device, then cut.

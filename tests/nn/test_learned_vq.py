@@ -1,0 +1,137 @@
+"""Codes that are learned: what is drawn, what its gradient is, and that it finds better codes."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn import functional
+from vqcx_jax.nn.heads import LearnedVQHead, MultiVQHead
+from vqcx_jax.ops.codebook import straight_through
+
+V, D, K, M, C = 24, 8, 5, 4, 3
+
+
+def make_head(**options: Any) -> Any:
+    rng = np.random.default_rng(0)
+    assignment = jnp.asarray(rng.integers(K, size=(V, M)))
+    codebooks = jnp.asarray(rng.standard_normal((M, K, D // M)), jnp.float32)
+    options = {"form": "product", "codebooks": codebooks, "token_scale": True} | options
+    return LearnedVQHead(assignment, K, D, num_candidates=C, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.fixture(scope="module")
+def h() -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (4, 6, D))
+
+
+TARGETS = jnp.arange(24).reshape(4, 6)
+
+
+def test_nearest_codes() -> None:
+    codebooks = np.random.default_rng(1).standard_normal((2, 7, 3))
+    found = np.asarray(straight_through.nearest_codes(jnp.asarray(codebooks), 4))
+    distances = np.linalg.norm(codebooks[:, :, None] - codebooks[:, None], axis=-1)
+    np.testing.assert_array_equal(found, np.argsort(distances, axis=-1)[..., :4])
+
+
+def test_choices_are_drawn_from_the_softmax_of_scores() -> None:
+    scores = jnp.asarray([1.0, 0.0, -1.0])
+    drawn = straight_through.choice(jnp.broadcast_to(scores, (20_000, 3)), jax.random.key(0))
+    # Three standard deviations of 20,000 draws.
+    np.testing.assert_allclose(drawn.mean(axis=0), jax.nn.softmax(scores), atol=3 * 0.5 / 141)
+    np.testing.assert_array_equal(np.sort(drawn, axis=-1), np.eye(3)[[2] * 20_000])
+
+
+def test_the_gradient_of_a_choice_is_that_of_the_softmax() -> None:
+    scores, weights = jnp.asarray([0.3, 0.1, -2.0]), jnp.asarray([1.0, 5.0, 2.0])
+    actual = jax.grad(lambda s: straight_through.choice(s, None) @ weights)(scores)
+    expected = jax.grad(lambda s: jax.nn.softmax(s) @ weights)(scores)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["product", "additive"])
+def test_without_noise_it_is_the_head_of_its_token_map(form: str, h: jax.Array) -> None:
+    codebooks = {} if form == "product" else {"codebooks": None}
+    head = make_head(form=form, own_tokens=jnp.asarray([3, 4]), **codebooks)
+    head.scores[...] = jax.random.normal(jax.random.key(1), (V, M, C))
+    head.eval()
+    plain: Any = MultiVQHead(
+        head.token_map(),
+        K,
+        D,
+        form=form,
+        own_tokens=head.own_tokens[...],
+        token_scale=True,
+        codebooks=head.codebooks[...],
+        own_vectors=head.own_vectors[...],
+        rngs=nnx.Rngs(0),
+    )
+    assert np.any(head.token_map() != head.assignment[...])
+    chex.assert_trees_all_close(head.nll(h, TARGETS), plain.nll(h, TARGETS), rtol=1e-5)
+    chex.assert_trees_all_close(head.logits(h), plain.logits(h), rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_new_for_every_batch_and_gone_in_evaluation(h: jax.Array) -> None:
+    head = make_head()
+    head.scores[...] = jnp.zeros((V, M, C))
+
+    def spread(h: jax.Array) -> Any:
+        """The loss of one row in batches that differ elsewhere."""
+        others = (h.at[1:].set(h[1:] + i) for i in range(5))
+        return np.std([head.nll(x, TARGETS)[0][0, 0] for x in others])
+
+    assert spread(h) > 0.01
+    np.testing.assert_array_equal(head.nll(h, TARGETS)[0], head.nll(h, TARGETS)[0])
+    head.eval()
+    assert spread(h) < 1e-6
+
+
+@pytest.mark.parametrize("gumbel", [True, False])
+def test_it_finds_the_codes_that_made_the_text(gumbel: bool) -> None:
+    """Targets are drawn by a head with other codes: all scores but the codes are known."""
+    rng = np.random.default_rng(0)
+    teacher = make_head()
+    h = jnp.asarray(4 * rng.standard_normal((64, 16, D)), jnp.float32)
+    wrong = teacher.neighbours[...][jnp.arange(M), teacher.assignment[...], 1]
+    head = make_head(gumbel=gumbel)
+    head.assignment[...] = wrong
+    targets = teacher.sample(h, jax.random.key(0))
+    graphdef, params, buffers = functional.split(head)
+
+    def loss(scores: jax.Array, h: jax.Array) -> jax.Array:
+        model: Any = nnx.merge(graphdef, params | {"scores": scores}, buffers)
+        return jnp.mean(model.nll(h, targets)[0])
+
+    optimizer = optax.adam(0.1)
+
+    @jax.jit
+    def step(scores: jax.Array, state: Any, shift: jax.Array) -> Any:
+        # A shift in a direction that no logit sees changes the noise and nothing else.
+        gradient = jax.grad(loss)(scores, h + shift * 1e-6)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(scores, updates), state
+
+    scores = params["scores"]
+    before, state = loss(scores, h), optimizer.init(scores)
+    for i in range(150):
+        scores, state = step(scores, state, jnp.float32(i))
+    teacher.eval()
+    floor = jnp.mean(teacher.nll(h, targets)[0])
+    head.scores[...] = scores
+    head.eval()
+    after = jnp.mean(head.nll(h, targets)[0])
+    # Draws try other codes; without them the search ends earlier.
+    assert after - floor < (0.3 if gumbel else 0.5) * (before - floor)
+
+
+@pytest.mark.parametrize("number", [0, 6])
+def test_bad_number_of_candidates(number: int) -> None:
+    with pytest.raises(UserError, match=f"num_candidates={number}: must be in 1 .. 5"):
+        LearnedVQHead(jnp.zeros((V, M), int), K, D, num_candidates=number, rngs=nnx.Rngs(0))

@@ -1,0 +1,97 @@
+"""Every head of codes that a config can ask for: built from a map, and from none for a restore."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqcx_jax.config import schema
+from vqcx_jax.maps import TokenMap, make_map
+from vqcx_jax.nn import functional, heads
+from vqcx_jax.nn.build import abstract_model, build_model
+
+V, D = 29, 16
+PRODUCT: dict[str, Any] = {"form": "product", "num_codebooks": 4, "assignment": "random"}
+CASES: dict[str, tuple[schema.HeadConfig, type]] = {
+    "one codebook": (schema.VQHead(num_codes=5), heads.VQHead),
+    "own vectors": (schema.VQHead(num_codes=5, num_own_tokens=3), heads.MultiVQHead),
+    "two codebooks": (
+        schema.VQHead(num_codes=5, num_codebooks=2, assignment="random"),
+        heads.MultiVQHead,
+    ),
+    "product, all options": (
+        schema.VQHead(num_codes=5, num_own_tokens=3, token_scale=True, tied=True, **PRODUCT),
+        heads.MultiVQHead,
+    ),
+    "product, streamed codes": (
+        schema.VQHead(num_codes=5, expand_vectors=False, **PRODUCT),
+        heads.MultiVQHead,
+    ),
+    "learned": (
+        schema.VQHead(num_codes=5, learned_candidates=3, token_scale=True, **PRODUCT),
+        heads.LearnedVQHead,
+    ),
+    "two levels": (schema.TwoLevelVQHead(num_codes=6), heads.TwoLevelVQHead),
+}
+
+
+def make_config(head: schema.HeadConfig) -> schema.Config:
+    sizes = dict(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=24)
+    return schema.Config(model=schema.Model(vocab_size=V, embed_dim=D, head=head, **sizes))
+
+
+def map_of(head: Any) -> TokenMap:
+    head = head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head
+    counts = np.arange(V)[::-1].copy()
+    return make_map(head, vocab_size=V, embed_dim=D, counts=counts, seed=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_built_from_a_map_and_without_one(name: str) -> None:
+    config, kind = make_config(CASES[name][0]), CASES[name][1]
+    token_map = map_of(config.model.head)
+    model = jax.jit(lambda key: build_model(config, token_map, key))(jax.random.key(0))
+    assert type(model.head) is kind
+    abstract = abstract_model(config)
+    assert functional.split(abstract)[0] == functional.split(model)[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        functional.split(abstract)[1:], functional.split(model)[1:]
+    )
+    tokens = jnp.arange(20).reshape(2, 10)
+    nll, _ = model.head.nll(model.hidden(tokens), tokens)
+    # Small random vectors: every token has about the same probability.
+    np.testing.assert_allclose(nll, np.log(V), atol=0.5)
+    assert (model.embedding is None) == getattr(config.model.head, "tied", False)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "two levels"])
+def test_the_map_is_taken(name: str) -> None:
+    head: Any = CASES[name][0]
+    token_map = map_of(head)
+    rng = np.random.default_rng(0)
+    width = D // head.num_codebooks if head.form == "product" else D
+    start = {
+        "codebooks": tuple(
+            rng.standard_normal((5, width), np.float32) for _ in range(head.num_codebooks)
+        ),
+        "scale": rng.random(V, np.float32) if head.token_scale else None,
+        "own_vectors": rng.random((3, D), np.float32) if head.num_own_tokens else None,
+    }
+    token_map = dataclasses.replace(token_map, **start)
+    model: Any = build_model(make_config(head), token_map, jax.random.key(0))
+    made = model.head
+    codes = made.assignment[...]
+    np.testing.assert_array_equal(codes.reshape(V, -1), token_map.codes)
+    if isinstance(made, heads.VQHead):
+        np.testing.assert_array_equal(made.codes[...], start["codebooks"][0])
+        return
+    np.testing.assert_array_equal(made.codebooks[...], np.stack(start["codebooks"]))
+    if head.token_scale:
+        np.testing.assert_array_equal(made.scale[...], start["scale"])
+    if head.num_own_tokens:
+        np.testing.assert_array_equal(made.own_tokens[...], [0, 1, 2])
+        np.testing.assert_array_equal(made.own_vectors[...], start["own_vectors"])

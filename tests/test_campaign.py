@@ -1,0 +1,107 @@
+"""The queue and the report of benchmarks/campaign.py; training itself is tested elsewhere."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "campaign.py"
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_campaign", PATH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def campaign(module: Any) -> Any:
+    return module.Campaign(
+        config="configs/quickstart.py",
+        overrides={"train.steps": 5},
+        variants={
+            "full": module.Variant({"model.head.kind": "full"}),
+            "vq": module.Variant({"model.head.kind": "vq"}, token_map="kmeans"),
+        },
+        maps={"kmeans": {"method": "kmeans"}},
+        baseline="full",
+        learning_rate=1.0,
+        seeds=3,
+    )
+
+
+def record(module: Any, campaign: Any, run: Any, loss: float | None) -> dict[str, Any]:
+    return {
+        "variant": run.variant,
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "asked": run.asked(campaign),
+        "loss": loss,
+        "vocab_size": 1000,
+        "embed_dim": 10,
+        "head_vectors": 10_000 if run.variant == "full" else 100,
+        "head_scalars": 1000,
+        "code_bits": 0 if run.variant == "full" else 8000,
+        "seconds_per_step": 2.0 if run.variant == "full" else 0.5,
+    }
+
+
+def drain(module: Any, campaign: Any, name: str, loss: Any, path: Path) -> list[tuple[float, int]]:
+    """All runs of a variant, each read back from the file before the next is asked for."""
+    done = []
+    while run := module._next(campaign, name, module._read(path)):
+        value = loss(run.learning_rate, run.seed)
+        with path.open("a") as file:
+            file.write(json.dumps(record(module, campaign, run, value)) + "\n")
+        done.append((run.learning_rate, run.seed))
+    return done
+
+
+def test_the_rate_is_searched_until_both_neighbours_are_worse(
+    module: Any, campaign: Any, tmp_path: Path
+) -> None:
+    """Best at 4: from 1 up to 8, then the other seeds at 4."""
+    runs = drain(
+        module, campaign, "full", lambda lr, _: abs(math.log2(lr) - 2), tmp_path / "r.jsonl"
+    )
+    assert runs == [(1, 0), (2, 0), (0.5, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
+
+
+def test_a_run_that_diverged_is_the_worst(module: Any, campaign: Any, tmp_path: Path) -> None:
+    runs = drain(
+        module, campaign, "full", lambda lr, _: None if lr > 1 else 3.0 - lr, tmp_path / "r.jsonl"
+    )
+    assert runs == [(1, 0), (2, 0), (0.5, 0), (1, 1), (1, 2)]
+
+
+def test_another_question_has_other_results(module: Any, campaign: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    drain(module, campaign, "vq", lambda lr, _: abs(lr - 1), path)
+    assert module._next(campaign, "vq", module._read(path)) is None
+    other = module.dataclasses.replace(campaign, maps={"kmeans": {"method": "kmeans", "seed": 1}})
+    assert module._next(other, "vq", module._read(path)) == module.Run("vq", 1.0, 0)
+
+
+def test_report(
+    module: Any, campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.jsonl"
+    drain(module, campaign, "full", lambda lr, seed: 1 + abs(lr - 1) + seed, path)
+    drain(module, campaign, "vq", lambda lr, seed: 1.1 + abs(lr - 1) + seed, path)
+    module._report(campaign, module._read(path), None)
+    full, vq = (
+        line for line in capsys.readouterr().out.splitlines() if line[:6] in ("| full", "| vq |")
+    )
+    assert full.startswith("| full | 100.00% | 110.00% | 110.0% | 1 | 3 |")
+    assert full.endswith("| 1.000 ± 0.000 | 1.00 |")
+    # (2 (100 + 1000) + 1000 bytes of codes) / 20,000; every seed has exp(0.1) times the perplexity.
+    assert vq.startswith("| vq | 1.00% | 11.00% | 16.0% | 1 | 3 |")
+    assert vq.endswith("| 1.105 ± 0.000 | 0.25 |")

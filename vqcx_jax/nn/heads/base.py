@@ -1,0 +1,110 @@
+"""What every output layer offers: hidden states in, losses, logits or tokens out."""
+
+import abc
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.nn.layers import HIDDEN, ROWS
+from vqcx_jax.ops import sampling
+from vqcx_jax.ops.labels import check_labels
+from vqcx_jax.sharding import constrain
+
+# (hidden states (B, T, D), PRNG key) -> token ids int32 (B, T).
+Sampler = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Head(nnx.Module, abc.ABC):
+    """An output layer. It is given hidden states, never logits.
+
+    A head must say its `vocab_size` and `rules`, compute `token_nll` and `logits`, and replaces
+    `top_k` and `sampler` where it can do without V logits.
+
+    An optional `logit_soft_cap` bounds the part of a logit that depends on the hidden state, see
+    `ops.soft_cap`; everything below is then of the capped logits.
+    """
+
+    vocab_size: int
+    rules: ShardingRules
+
+    @abc.abstractmethod
+    def token_nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`nll` of tokens that are all in [0, V)."""
+
+    @abc.abstractmethod
+    def logits(self, h_BxTxD: jax.Array) -> jax.Array:
+        """Float32 (B, T, V): log-probabilities up to a constant of each position."""
+
+    def nll(self, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """-log p(target | h) and log Z, float32 (B, T); both 0 where the target is IGNORE_ID.
+
+        Raises:
+            UserError: a target is neither in [0, V) nor IGNORE_ID; under jit see
+                `ops.labels.check_labels`.
+        """
+        labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
+        nll_BxT, log_z_BxT = self.token_nll(h_BxTxD, labels.tokens)
+        return labels.mask(nll_BxT), labels.mask(log_z_BxT)
+
+    def log_probs(self, h_BxTxD: jax.Array, tokens_BxTxC: jax.Array) -> jax.Array:
+        """Log p of C given tokens at each position, float32 (B, T, C). Tokens as in `nll`."""
+        b, t, c = tokens_BxTxC.shape
+        h_BxTCxD = jnp.repeat(h_BxTxD, c, axis=1)
+        return -self.nll(h_BxTCxD, tokens_BxTxC.reshape(b, t * c))[0].reshape(b, t, c)
+
+    def top_k(self, h_BxTxD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k most probable tokens, in order; of equals, the lowest id first.
+
+        Returns:
+            log_probs: float32 (B, T, k). tokens: int32 (B, T, k).
+
+        Raises:
+            UserError: k is not in 1 .. V.
+        """
+        return sampling.top_k(self._whole_logits(h_BxTxD), k)
+
+    def sample(
+        self,
+        h_BxTxD: jax.Array,
+        key: jax.Array,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_k: int | None = None,
+        top_p: float | jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens drawn from the model, int32 (B, T): temperature, then top-k, then top-p.
+
+        Under a mesh the rules must leave `batch` whole.
+
+        Args:
+            key: a typed PRNG key.
+            temperature, top_k, top_p: see `ops.sampling.sample`.
+
+        Raises:
+            UserError: top_k is not positive.
+        """
+        return self.sampler(temperature=temperature, top_k=top_k, top_p=top_p)(h_BxTxD, key)
+
+    def sampler(
+        self,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_k: int | None = None,
+        top_p: float | jax.Array | None = None,
+    ) -> Sampler:
+        """`sample` as a function of h and key, for loops: what depends on neither is done here."""
+
+        def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+            logits_BxTxV = self._whole_logits(h_BxTxD)
+            return sampling.sample(
+                logits_BxTxV, key, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+
+        return sample
+
+    def _whole_logits(self, h_BxTxD: jax.Array) -> jax.Array:
+        """Logits of which every device has the whole vocabulary, which sorting needs."""
+        return constrain(self.logits(h_BxTxD), HIDDEN, self.rules)

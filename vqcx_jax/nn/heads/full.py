@@ -1,0 +1,75 @@
+"""The ordinary output layer."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.nn.heads.base import Head
+from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
+from vqcx_jax.nn.variables import param
+from vqcx_jax.ops import softmax
+from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
+
+
+class FullHead(Head):
+    """One vector per token: z = W h + b, the product optionally soft-capped.
+
+    Its `weights` may be the table of an input embedding as well, see `Transformer`.
+
+    Args:
+        implementation: how the loss is computed: "plain" keeps the logits of all positions,
+            "streamed" holds a block of the vocabulary at a time and computes them twice.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        token_bias: bool = False,
+        logit_soft_cap: float | None = None,
+        implementation: Literal["plain", "streamed"] = "plain",
+        dtype: jnp.dtype = jnp.float32,
+        rules: ShardingRules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        weights = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
+        self.weights = param(weights, ("vocab", "embed"))
+        if token_bias:
+            self.bias = param(jnp.zeros((vocab_size,), jnp.float32), ("vocab",), decay=False)
+        self.has_bias = token_bias
+        self.vocab_size = vocab_size
+        self.logit_soft_cap = logit_soft_cap
+        self.implementation = implementation
+        self.dtype = dtype
+        self.rules = rules or ShardingRules()
+
+    def _arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        weights = constrain(self.weights[...].astype(self.dtype), ("vocab", None), self.rules)
+        return weights, self.bias[...] if self.has_bias else None
+
+    def token_nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Head.token_nll`."""
+        weights, bias = self._arrays()
+        if self.implementation == "plain":
+            return softmax.nll(h_BxTxD, weights, tokens_BxT, bias, cap=self.logit_soft_cap)
+        args = [h_BxTxD, weights, tokens_BxT]
+        axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS]
+        if bias is not None:
+            args.append(bias)
+            axes.append(("vocab",))
+        vocab_axes = mesh_axes("vocab", self.rules)
+        nll = partial(softmax.streamed_nll, cap=self.logit_soft_cap, vocab_axes=vocab_axes)
+        return per_device(nll, axes, (ROWS, ROWS), self.rules)(*args)
+
+    def logits(self, h_BxTxD: jax.Array) -> jax.Array:
+        """See `Head.logits`."""
+        return softmax.logits(h_BxTxD, *self._arrays(), cap=self.logit_soft_cap)
+
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """The vectors of the tokens, (B, T, D): an input embedding tied to the output layer."""
+        return embed(self.weights[...].astype(self.dtype), tokens_BxT, self.rules)

@@ -1,0 +1,200 @@
+"""From a config to an output layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vqcx_jax.config import schema
+from vqcx_jax.maps import TokenMap
+from vqcx_jax.maps.fixed import contiguous_map
+from vqcx_jax.nn.heads.adaptive import AdaptiveHead
+from vqcx_jax.nn.heads.base import Head
+from vqcx_jax.nn.heads.frequency_order import paths_of, ranks_of
+from vqcx_jax.nn.heads.full import FullHead
+from vqcx_jax.nn.heads.huffman import HuffmanHead
+from vqcx_jax.nn.heads.learned_vq import LearnedVQHead
+from vqcx_jax.nn.heads.low_rank import LowRankHead
+from vqcx_jax.nn.heads.multi_vq import MultiVQHead
+from vqcx_jax.nn.heads.two_level import TwoLevelHead
+from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
+from vqcx_jax.nn.heads.vq import VQHead
+from vqcx_jax.ops.codebook import two_level
+from vqcx_jax.ops.hierarchical import path_length
+
+
+def make_head(
+    config: schema.Model,
+    token_map: TokenMap | None,
+    *,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    """The output layer `config.head`.
+
+    Args:
+        token_map: for heads of codes; for heads that order tokens, see `order_by_frequency`.
+            None: a placeholder, for heads whose arrays come from a checkpoint.
+    """
+    match config.head:
+        case schema.FullHead():
+            return _full(config, config.head, rules, rngs)
+        case schema.LowRankHead():
+            return _low_rank(config, config.head, rules, rngs)
+        case schema.AdaptiveHead():
+            return _adaptive(config, config.head, token_map, rules, rngs)
+        case schema.HierarchicalHead():
+            return _hierarchical(config, config.head, token_map, rules, rngs)
+        case schema.TwoLevelVQHead():
+            return _two_level_vq(config, config.head, token_map, rules, rngs)
+        case schema.VQHead():
+            return _vq(config, config.head, token_map, rules, rngs)
+
+
+def _full(
+    config: schema.Model, head: schema.FullHead, rules: schema.ShardingRules, rngs: nnx.Rngs
+) -> Head:
+    return FullHead(
+        config.known_vocab_size(),
+        config.embed_dim,
+        token_bias=head.token_bias,
+        logit_soft_cap=head.logit_soft_cap,
+        implementation=head.implementation,
+        dtype=jnp.dtype(config.dtype),
+        rules=rules,
+        rngs=rngs,
+    )
+
+
+def _low_rank(
+    config: schema.Model, head: schema.LowRankHead, rules: schema.ShardingRules, rngs: nnx.Rngs
+) -> Head:
+    return LowRankHead(
+        config.known_vocab_size(),
+        config.embed_dim,
+        head.rank,
+        token_bias=head.token_bias,
+        logit_soft_cap=head.logit_soft_cap,
+        dtype=jnp.dtype(config.dtype),
+        rules=rules,
+        rngs=rngs,
+    )
+
+
+def _adaptive(
+    config: schema.Model,
+    head: schema.AdaptiveHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    return AdaptiveHead(
+        config.known_vocab_size(),
+        config.embed_dim,
+        head.cutoffs,
+        div_value=head.div_value,
+        head_bias=head.head_bias,
+        frequency_rank=ranks_of(token_map),
+        dtype=jnp.dtype(config.dtype),
+        rules=rules,
+        rngs=rngs,
+    )
+
+
+def _hierarchical(
+    config: schema.Model,
+    head: schema.HierarchicalHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    vocab_size, dim = config.known_vocab_size(), config.embed_dim
+    options: dict[str, Any] = {"bias": head.bias, "rules": rules, "rngs": rngs}
+    if head.tree == "two_level":
+        return TwoLevelHead(vocab_size, dim, frequency_rank=ranks_of(token_map), **options)
+    if token_map is None:
+        paths = np.zeros((vocab_size, path_length(vocab_size)), np.int32)
+    else:
+        paths = paths_of(token_map)
+    return HuffmanHead(jnp.asarray(paths), dim, **options)
+
+
+def _vq(
+    config: schema.Model,
+    head: schema.VQHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    if token_map is None:
+        token_map = _placeholder(config.known_vocab_size(), head)
+    codebooks = token_map.codebooks
+    options: dict[str, Any] = {
+        "token_bias": head.token_bias,
+        "dtype": jnp.dtype(config.dtype),
+        "rules": rules,
+        "rngs": rngs,
+    }
+    learned = head.learned_candidates is not None
+    if head.num_codebooks == 1 and not (head.num_own_tokens or head.token_scale or learned):
+        return VQHead(
+            jnp.asarray(token_map.codes[:, 0]),
+            head.num_codes,
+            config.embed_dim,
+            logit_soft_cap=head.logit_soft_cap,
+            codes=None if codebooks is None else jnp.asarray(codebooks[0]),
+            **options,
+        )
+    options |= {
+        "form": head.form,
+        "own_tokens": jnp.asarray(token_map.own_tokens) if head.num_own_tokens else None,
+        "token_scale": head.token_scale,
+        "codebooks": None if codebooks is None else jnp.stack(codebooks),
+        "scale": _array(token_map.scale),
+        "own_vectors": _array(token_map.own_vectors),
+    }
+    shape = (jnp.asarray(token_map.codes), head.num_codes, config.embed_dim)
+    if head.learned_candidates is not None:
+        options |= {"num_candidates": head.learned_candidates, "gumbel": head.gumbel}
+        return LearnedVQHead(*shape, **options)
+    return MultiVQHead(
+        *shape,
+        expand_vectors=head.expand_vectors,
+        logit_soft_cap=head.logit_soft_cap,
+        **options,
+    )
+
+
+def _two_level_vq(
+    config: schema.Model,
+    head: schema.TwoLevelVQHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    vocab_size = config.known_vocab_size()
+    num_ranks = head.num_ranks or -(-vocab_size // head.num_codes)
+    if token_map is None:
+        token_map = TokenMap(contiguous_map(vocab_size, head.num_codes), (head.num_codes,))
+    return TwoLevelVQHead(
+        two_level.levels(token_map.codes[:, 0], head.num_codes, num_ranks),
+        config.embed_dim,
+        token_bias=head.token_bias,
+        codes=None if token_map.codebooks is None else jnp.asarray(token_map.codebooks[0]),
+        dtype=jnp.dtype(config.dtype),
+        rules=rules,
+        rngs=rngs,
+    )
+
+
+def _placeholder(vocab_size: int, head: schema.VQHead) -> TokenMap:
+    """A map of the right shapes."""
+    codes = np.zeros((vocab_size, head.num_codebooks), np.int32)
+    own_tokens = np.arange(head.num_own_tokens, dtype=np.int32)
+    return TokenMap(codes, (head.num_codes,) * head.num_codebooks, own_tokens=own_tokens)
+
+
+def _array(x: np.ndarray | None) -> jax.Array | None:
+    return None if x is None else jnp.asarray(x)

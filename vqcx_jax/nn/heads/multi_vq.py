@@ -1,0 +1,195 @@
+"""VQ-Logits with several codebooks: every token can have a logit of its own."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn.heads.base import Head
+from vqcx_jax.nn.layers import HIDDEN, ROWS
+from vqcx_jax.nn.variables import buffer, param
+from vqcx_jax.ops import soft_cap, softmax
+from vqcx_jax.ops.codebook import check_codes, loss, multi
+from vqcx_jax.sharding import LogicalAxes, constrain, per_device
+
+Form = Literal["additive", "product"]
+
+
+class MultiVQHead(Head):
+    """VQ-Logits with M codebooks of K codes each.
+
+    Token v has the logit
+        z_v = scale[v] sum_m codebooks[m][assignment[v, m]] . h_m + bias[v],
+    where h_m is h ("additive") or its m-th slice of D/M ("product"). Tokens in `own_tokens` have
+    an own vector instead of codes.
+
+    Args:
+        assignment: int (V, M), values in [0, num_codes); see `vqcx_jax.maps`.
+        num_codes: K.
+        own_tokens: int (T,), distinct tokens; None: none.
+        token_scale: train a factor for each token. (M = 2 does not close with it.)
+        expand_vectors: where the loss has no closed form (M > 2 or scales), build all V token
+            vectors anew in each step and stream a full softmax over them, which is what matrix
+            units are good at; False: stream over codes, which is less work if D exceeds about 40 M
+            (measured on CPUs). None: True, unless there is a soft-cap, which vectors cannot have.
+        logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
+            within the cap (with scales, within scale times the cap) before its bias; own tokens
+            directly.
+        codebooks: float32 (M, K, D or D/M) to start from, or None for random.
+        scale, own_vectors: float32 (V,) and (T, D) to start from, or None for ones and random.
+
+    Raises:
+        UserError: shapes that do not fit, or codes outside [0, num_codes).
+    """
+
+    def __init__(
+        self,
+        assignment: jax.Array,
+        num_codes: int,
+        dim: int,
+        *,
+        form: Form = "additive",
+        own_tokens: jax.Array | None = None,
+        token_bias: bool = True,
+        token_scale: bool = False,
+        expand_vectors: bool | None = None,
+        logit_soft_cap: float | None = None,
+        codebooks: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        own_vectors: jax.Array | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rules: ShardingRules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        vocab_size, num_codebooks = assignment.shape
+        check_codes(assignment, num_codes)
+        if form == "product" and dim % num_codebooks:
+            raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
+        if expand_vectors and logit_soft_cap is not None:
+            raise UserError(
+                f"expand_vectors=True: must be False or None with logit_soft_cap={logit_soft_cap}"
+            )
+        width = dim // num_codebooks if form == "product" else dim
+        if codebooks is None:
+            # The sum of M codes starts as large as the one vector of a full head.
+            std = 0.02 if form == "product" else 0.02 * num_codebooks**-0.5
+            shape = (num_codebooks, num_codes, width)
+            codebooks = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+        embed = None if form == "product" else "embed"
+        self.codebooks = param(codebooks, (None, "codes", embed))
+        self.assignment = buffer(jnp.asarray(assignment, jnp.int32), (None, None))
+        if own_tokens is not None:
+            if own_vectors is None:
+                own_shape = (len(own_tokens), dim)
+                own_vectors = 0.02 * jax.random.normal(rngs.params(), own_shape, jnp.float32)
+            self.own_vectors = param(own_vectors, (None, "embed"))
+            self.own_tokens = buffer(jnp.asarray(own_tokens, jnp.int32), (None,))
+        if token_bias:
+            self.bias = param(jnp.zeros((vocab_size,), jnp.float32), (None,), decay=False)
+        if token_scale:
+            scale = jnp.ones((vocab_size,), jnp.float32) if scale is None else scale
+            self.scale = param(scale, (None,), decay=False)
+        closes = num_codebooks <= 2 and not token_scale
+        self.expands = not closes and expand_vectors is not False and logit_soft_cap is None
+        self.form: Form = form
+        self.has_own = own_tokens is not None
+        self.has_bias = token_bias
+        self.has_scale = token_scale
+        self.vocab_size = vocab_size
+        self.logit_soft_cap = logit_soft_cap
+        self.dtype = dtype
+        self.rules = rules or ShardingRules()
+
+    def token_nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `Head.token_nll`. No N x V logits are kept."""
+
+        def nll(
+            h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: dict[str, Any]
+        ) -> tuple[jax.Array, jax.Array]:
+            bias, scale = arrays.get("bias"), arrays.get("scale")
+            if self.expands:
+                weights_VxD = self._vectors(arrays)
+                return softmax.streamed_nll(h_BxTxD, weights_VxD, tokens_BxT, bias)
+            code_logits, own = self._code_logits(h_BxTxD, arrays)
+            return loss.nll(code_logits, arrays["assignment"], tokens_BxT, bias, scale, own)
+
+        axes: list[LogicalAxes] = [HIDDEN, ROWS, ()]
+        arrays = self._arrays()
+        return per_device(nll, axes, (ROWS, ROWS), self.rules)(h_BxTxD, tokens_BxT, arrays)
+
+    def logits(self, h_BxTxD: jax.Array) -> jax.Array:
+        """See `Head.logits`."""
+
+        def logits(h_BxTxD: jax.Array, arrays: dict[str, Any]) -> tuple[jax.Array]:
+            code_logits, own = self._code_logits(h_BxTxD, arrays)
+            bias, scale = arrays.get("bias"), arrays.get("scale")
+            return (loss.logits(code_logits, arrays["assignment"], bias, scale, own),)
+
+        return per_device(logits, [HIDDEN, ()], [HIDDEN], self.rules)(h_BxTxD, self._arrays())[0]
+
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """The vectors of the tokens, (B, T, D): an input embedding tied to the output layer."""
+
+        def embed(tokens_BxT: jax.Array, arrays: dict[str, Any]) -> tuple[jax.Array]:
+            of_form = multi.product_vectors if self.form == "product" else multi.additive_vectors
+            codes = arrays["assignment"][tokens_BxT]
+            x_BxTxD = of_form(arrays["codebooks"].astype(jnp.float32), codes)
+            if self.has_scale:
+                x_BxTxD = x_BxTxD * arrays["scale"][tokens_BxT][..., None]
+            if self.has_own:
+                is_own_BxTxO = tokens_BxT[..., None] == arrays["own_tokens"]
+                own_vectors = arrays["own_vectors"].astype(jnp.float32)
+                own_BxTxD = is_own_BxTxO.astype(jnp.float32) @ own_vectors
+                x_BxTxD = jnp.where(jnp.any(is_own_BxTxO, -1, keepdims=True), own_BxTxD, x_BxTxD)
+            return (x_BxTxD.astype(self.dtype),)
+
+        return per_device(embed, [ROWS, ()], [HIDDEN], self.rules)(tokens_BxT, self._arrays())[0]
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        codebooks = self.codebooks[...].astype(self.dtype)
+        arrays = {
+            "codebooks": constrain(codebooks, (None, None, None), self.rules),
+            "assignment": self.assignment[...],
+        }
+        if self.has_own:
+            vectors = self.own_vectors[...].astype(self.dtype)
+            arrays["own_vectors"] = constrain(vectors, (None, None), self.rules)
+            arrays["own_tokens"] = self.own_tokens[...]
+        if self.has_bias:
+            arrays["bias"] = self.bias[...]
+        if self.has_scale:
+            arrays["scale"] = self.scale[...]
+        return arrays
+
+    def _vectors(self, arrays: dict[str, Any]) -> jax.Array:
+        """The vectors of all tokens, (V, D)."""
+        of_form = multi.product_vectors if self.form == "product" else multi.additive_vectors
+        weights_VxD = of_form(arrays["codebooks"].astype(jnp.float32), arrays["assignment"])
+        return self._scaled(weights_VxD, arrays)
+
+    def _scaled(self, weights_VxD: jax.Array, arrays: dict[str, Any]) -> jax.Array:
+        """Vectors from codes, with scales, and with own vectors where tokens have one."""
+        if self.has_scale:
+            weights_VxD = weights_VxD * arrays["scale"][:, None]
+        weights_VxD = weights_VxD.astype(self.dtype)
+        if self.has_own:
+            weights_VxD = weights_VxD.at[arrays["own_tokens"]].set(arrays["own_vectors"])
+        return weights_VxD
+
+    def _code_logits(
+        self, h_BxTxD: jax.Array, arrays: dict[str, Any]
+    ) -> tuple[multi.CodeLogits, loss.Own | None]:
+        of_form = (
+            multi.product_code_logits if self.form == "product" else multi.additive_code_logits
+        )
+        code_logits = of_form(h_BxTxD, arrays["codebooks"])
+        cap = self.logit_soft_cap
+        if cap is not None:
+            code_logits = tuple(soft_cap.soft_cap(l, cap / len(code_logits)) for l in code_logits)
+        if not self.has_own:
+            return code_logits, None
+        own_logits = soft_cap.soft_cap(softmax.logits(h_BxTxD, arrays["own_vectors"]), cap)
+        return code_logits, loss.Own(arrays["own_tokens"], own_logits)
