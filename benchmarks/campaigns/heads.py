@@ -1,0 +1,154 @@
+"""The output layers that the campaigns compare, and the token maps they need."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from campaign import Variant
+
+FULL = {"model.head.kind": "full", "model.head.token_bias": True}
+BIAS = {"model.head.token_bias": True}
+FILE = {"model.head.kind": "vq", "model.head.assignment": "file"}
+CENTROIDS = {"model.head.code_init": "centroids"}
+
+
+def variants(num_codes: int, dim: int) -> dict[str, Variant]:
+    """By name, the most telling first.
+
+    Args:
+        num_codes: about 1% of V; code vectors of every variant that is not said to have others.
+        dim: D.
+    """
+    half, quarter = num_codes // 2, num_codes // 4
+    of_product = _power_of_two(num_codes)
+
+    def product(num_codebooks: int, scale: bool = True, start: str = "centroids") -> Variant:
+        return Variant(
+            {
+                **FILE,
+                "model.head.form": "product",
+                "model.head.num_codebooks": num_codebooks,
+                "model.head.num_codes": of_product,
+                "model.head.token_scale": scale,
+                "model.head.code_init": start,
+            },
+            f"product {num_codebooks}{', scale' if scale else ''}",
+        )
+
+    by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
+    k_means = {**FILE, "model.head.num_codes": num_codes}
+    return {
+        "full": Variant(FULL),
+        "product 16": product(16),
+        "VQ by frequency": Variant(by_frequency),
+        "VQ by k-means": Variant({**k_means, **CENTROIDS}, "k-means"),
+        "additive 2": Variant(
+            {
+                **FILE,
+                **CENTROIDS,
+                "model.head.num_codes": half,
+                "model.head.num_codebooks": 2,
+            },
+            "residual 2",
+        ),
+        "own + additive 2": Variant(
+            {
+                **FILE,
+                **CENTROIDS,
+                "model.head.num_codes": quarter,
+                "model.head.num_codebooks": 2,
+                "model.head.num_own_tokens": half,
+            },
+            "own, residual 2",
+        ),
+        "low rank, D / 16": Variant(
+            {"model.head.kind": "low_rank", "model.head.rank": dim // 16, **BIAS}
+        ),
+        "adaptive": Variant(
+            {
+                "model.head.kind": "adaptive",
+                "model.head.cutoffs": f"{num_codes},{num_codes * 10}",
+                "model.head.div_value": 4.0,
+            }
+        ),
+        "full, tied": Variant({**FULL, "model.head.tied": True}),
+        "product 16, learned": learned(product(16)),
+        "product 8": product(8),
+        "product 32": product(32),
+        "product 16, no scale": product(16, scale=False),
+        "product 16, random start": product(16, start="random"),
+        "product 16, random codes": Variant(
+            {
+                "model.head.kind": "vq",
+                "model.head.assignment": "random",
+                "model.head.form": "product",
+                "model.head.num_codebooks": 16,
+                "model.head.num_codes": of_product,
+                "model.head.token_scale": True,
+            }
+        ),
+        "VQ by frequency, no bias": Variant({**by_frequency, "model.head.token_bias": False}),
+        "VQ random": Variant({**by_frequency, "model.head.assignment": "random"}),
+        "VQ by k-means, random start": Variant(k_means, "k-means"),
+        "two levels": Variant(
+            {
+                "model.head.kind": "two_level_vq",
+                "model.head.num_codes": half,
+                "model.head.assignment": "file",
+            },
+            "balanced",
+        ),
+        "hierarchical, classes": Variant({"model.head.kind": "hierarchical"}),
+        "hierarchical, Huffman": Variant(
+            {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
+        ),
+        "product 16, tied": tied(product(16)),
+        "VQ by frequency, K / 10": Variant(
+            {**by_frequency, "model.head.num_codes": num_codes // 10}
+        ),
+        "VQ by frequency, K x 10": Variant(
+            {**by_frequency, "model.head.num_codes": num_codes * 10}
+        ),
+    }
+
+
+def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
+    """Options of `python -m vqcx_jax.maps`; all from co-occurrence counts of the training text."""
+    half, quarter = num_codes // 2, num_codes // 4
+    found: dict[str, Mapping[str, object]] = {
+        "k-means": {"method": "kmeans", "num_codes": num_codes},
+        "residual 2": {"method": "residual", "num_codebooks": 2, "num_codes": half},
+        "balanced": {"method": "kmeans", "num_codes": half, "balanced": True},
+        "own, residual 2": {
+            "method": "residual",
+            "num_codebooks": 2,
+            "num_codes": quarter,
+            "own": half,
+        },
+    }
+    for m in (8, 16, 32):
+        options = {
+            "method": "product",
+            "num_codebooks": m,
+            "num_codes": _power_of_two(num_codes),
+            "rotate": True,
+        }
+        found[f"product {m}"] = options
+        found[f"product {m}, scale"] = {**options, "scale": True}
+    return found
+
+
+def learned(variant: Variant) -> Variant:
+    """With codes chosen among the four nearest, while training."""
+    return dataclasses.replace(
+        variant, overrides={**variant.overrides, "model.head.learned_candidates": 4}
+    )
+
+
+def tied(variant: Variant) -> Variant:
+    """With an input embedding of the same codes."""
+    return dataclasses.replace(variant, overrides={**variant.overrides, "model.head.tied": True})
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that is not larger."""
+    return 1 << (number.bit_length() - 1)
