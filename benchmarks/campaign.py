@@ -268,7 +268,8 @@ def _sizes(workdir: Path) -> dict[str, int]:
     config = from_json(checkpoint.load_run(*checkpoint.locate(workdir))["config"])
     vocab_size, head = config.model.known_vocab_size(), config.model.head
     _, params, _ = functional.split(abstract_model(config))
-    arrays = jax.tree.leaves(params.get("head", {}))
+    # Scores of codes that are learned are gone when they are.
+    arrays = [x for name, x in params.get("head", {}).items() if name != "scores"]
     code_bits = 0
     if isinstance(head, schema.VQHead):
         code_bits = vocab_size * head.num_codebooks * math.ceil(math.log2(head.num_codes))
