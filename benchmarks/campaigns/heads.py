@@ -5,7 +5,11 @@ from collections.abc import Mapping
 
 from campaign import Variant
 
-FULL = {"model.head.kind": "full", "model.head.token_bias": True}
+FULL = {
+    "model.head.kind": "full",
+    "model.head.token_bias": True,
+    "model.head.implementation": "streamed",
+}
 BIAS = {"model.head.token_bias": True}
 FILE = {"model.head.kind": "vq", "model.head.assignment": "file"}
 CENTROIDS = {"model.head.code_init": "centroids"}
@@ -39,6 +43,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
     return {
         "full": Variant(FULL),
         "product 16": product(16),
+        "full, from co-occurrence": Variant({**FULL, "model.head.start": "cooccurrence"}),
         "VQ by frequency": Variant(by_frequency),
         "VQ by k-means": Variant({**k_means, **CENTROIDS}, "k-means"),
         "additive 2": Variant(

@@ -95,12 +95,15 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
         (
             {"model.head.num_codebooks": "2"},
             None,
-            ["model.head.assignment='frequency': must be 'random' or 'file' for", "codebooks=2"],
+            [
+                "model.head.assignment='frequency': must be 'random', 'cooccurrence' or 'file' for",
+                "codebooks=2",
+            ],
         ),
         (
             TWO_RANDOM | {"model.head.assignment": "contiguous"},
             None,
-            ["model.head.assignment='contiguous': must be 'random' or 'file'"],
+            ["model.head.assignment='contiguous': must be 'random', 'cooccurrence' or 'file'"],
         ),
         (
             {"model.head.assignment": "file"},
@@ -120,7 +123,7 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
         (
             {"model.head.code_init": "centroids"},
             None,
-            ["model.head.code_init='centroids': needs assignment='file'"],
+            ["model.head.code_init='centroids': needs assignment='cooccurrence' or 'file'"],
         ),
         (
             {"model.head.kind": "low_rank", "model.head.rank": "257"},

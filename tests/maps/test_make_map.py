@@ -11,6 +11,8 @@ from vqcx_jax.config.schema import VQHead
 from vqcx_jax.errors import DataError
 from vqcx_jax.maps import TokenMap, make_map
 from vqcx_jax.maps.fixed import contiguous_map, frequency_map, random_map
+from vqcx_jax.maps.from_vectors import Options, map_from_vectors
+from vqcx_jax.maps.vectors import cooccurrence_vectors
 
 COUNTS = np.asarray([5, 0, 9, 1, 7, 3, 3, 0, 2, 8, 4, 6])
 
@@ -168,3 +170,60 @@ def test_map_of_another_vocabulary(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="another vocabulary, of 12 tokens; must be of 13$"):
         make(head, vocab_size=13)
+
+
+# ---------------------------------------------------------------- from the text
+
+
+TEXT = np.random.default_rng(0).integers(40, size=3000).astype(np.int32)
+
+
+def cooccurrence(cached_at: Path | None = None, documents: Any = None, **options: Any) -> TokenMap:
+    head = VQHead(assignment="cooccurrence", num_codes=8, **options)
+    return make_map(
+        head,
+        vocab_size=40,
+        embed_dim=12,
+        counts=np.bincount(TEXT, minlength=40),
+        seed=3,
+        documents=documents
+        if documents is not None
+        else (lambda: iter([TEXT[:1000], TEXT[1000:]])),
+        cached_at=cached_at,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({}, "kmeans"),
+        ({"num_codebooks": 2, "num_own_tokens": 5}, "residual"),
+        ({"num_codebooks": 3, "form": "product", "token_scale": True}, "product"),
+    ],
+)
+def test_map_of_the_text_has_the_form_of_the_head(options: dict[str, Any], method: str) -> None:
+    made = cooccurrence(code_init="centroids", **options)
+    expected = map_from_vectors(
+        cooccurrence_vectors([TEXT[:1000], TEXT[1000:]], 40, 12),
+        np.bincount(TEXT, minlength=40),
+        Options(
+            method=method,  # type: ignore[arg-type]
+            num_codes=8,
+            num_codebooks=options.get("num_codebooks", 1),
+            scale=options.get("token_scale", False),
+            own=options.get("num_own_tokens", 0),
+        ),
+        seed=0,
+    )
+    np.testing.assert_array_equal(made.codes, expected.codes)
+    assert made.codebooks is not None and expected.codebooks is not None
+    np.testing.assert_array_equal(np.stack(made.codebooks), np.stack(expected.codebooks))
+    assert cooccurrence(**options).codebooks is None  # code_init="random"
+
+
+def test_map_of_the_text_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "maps" / "map.npz"
+    first = cooccurrence(path, code_init="centroids")
+    second = cooccurrence(path, documents=[], code_init="centroids")
+    np.testing.assert_array_equal(first.codes, second.codes)
+    assert second.codebooks is not None and cooccurrence(path).codebooks is None

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config
 
+from vqcx_jax import checkpoint
 from vqcx_jax.data import tokenizer_fingerprint
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
 from vqcx_jax.errors import CheckpointError, DataError
 from vqcx_jax.maps import vectors as module
-from vqcx_jax.maps.vectors import cooccurrence_vectors, head_vectors, load_vectors
+from vqcx_jax.maps.run_vectors import head_vectors
+from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 
 # ---------------------------------------------------------------- co-occurrence
 
@@ -155,7 +157,7 @@ def test_head_of_the_newest_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="^vectors=.*another vocabulary, 264 tokens of the tok"):
             head_vectors(tmp_path / "run", vocab_size, tokenizer)
     with pytest.raises(CheckpointError, match="no array 'params/head/vectors'"):
-        module.checkpoint.load_parameter(tmp_path / "run/checkpoints", 2, "head/vectors")
+        checkpoint.load_parameter(tmp_path / "run/checkpoints", 2, "head/vectors")
 
 
 def test_run_without_a_full_head(tmp_path: Path) -> None:

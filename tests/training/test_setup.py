@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config, write_documents
@@ -10,6 +11,7 @@ from tiny_run import save_checkpoint, tiny_config, write_documents
 from vqcx_jax.data import tokenizer_fingerprint
 from vqcx_jax.errors import CheckpointError, DataError, UserError
 from vqcx_jax.maps import TokenMap
+from vqcx_jax.nn.build import build_model
 from vqcx_jax.nn.heads.frequency_order import paths_of
 from vqcx_jax.training.setup import Setup, prepare
 
@@ -214,3 +216,31 @@ def test_run_that_cannot_start_writes_nothing(
     with pytest.raises(UserError, match=message):
         prepare(tiny_config(corpus, **override), tmp_path / "run/checkpoints", None)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"kind": "full", "start": "cooccurrence"},
+        {"assignment": "cooccurrence", "code_init": "centroids", "num_codes": "9"},
+    ],
+    ids=lambda head: head.get("kind", "vq"),
+)
+def test_heads_that_start_from_cooccurrence(
+    corpus: Path, tmp_path: Path, head: dict[str, str]
+) -> None:
+    """The embedding of a map is as wide as the model; a second run reads the map from the cache."""
+    changes = {f"model__head__{name}": value for name, value in head.items()}
+    first, second = (
+        prepare(tiny_config(corpus, **changes), tmp_path / str(i), None) for i in range(2)
+    )
+    assert first.token_map is not None and second.token_map is not None
+    model = build_model(first.config, first.token_map, jax.random.key(0))
+    if head.get("kind") == "full":
+        rows = model.head.weights[...]
+        np.testing.assert_array_equal(rows, first.token_map.own_vectors)
+        assert rows.shape == (264, 16) and np.all(np.any(rows[[ord("e"), ord(" ")]], axis=1))
+    else:
+        assert len(set(first.token_map.codes[:, 0])) == 9
+        np.testing.assert_array_equal(model.head.codes[...], first.token_map.codebooks[0])
+        np.testing.assert_array_equal(first.token_map.codes, second.token_map.codes)

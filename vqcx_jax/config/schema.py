@@ -57,11 +57,13 @@ class VQHead:
     # "additive": code vectors are as wide as the hidden state; "product": codebook m sees the m-th
     # of num_codebooks equal slices of it.
     form: Literal["additive", "product"] = "additive"
-    # Which codes a token has. "file": those of `token_map`; the others are made before training.
-    assignment: Literal["random", "contiguous", "frequency", "file"] = "frequency"
+    # Which codes a token has. "file": those of `token_map`; the others are made before training,
+    # "cooccurrence" from vectors of co-occurrence counts (see `python -m vqcx_jax.maps`).
+    assignment: Literal["random", "contiguous", "frequency", "cooccurrence", "file"] = "frequency"
     # For assignment="file": a token map, as `python -m vqcx_jax.maps` writes it.
     token_map: str | None = None
-    # "centroids" starts code vectors, token scales and own vectors from those of `token_map`.
+    # "centroids" starts code vectors, token scales and own vectors from the vectors that the map
+    # was made of. For assignment="cooccurrence" and "file".
     code_init: Literal["random", "centroids"] = "random"
     # So many tokens have a vector of their own instead of codes: the most frequent ones, or those
     # of `token_map`.
@@ -117,6 +119,8 @@ class FullHead:
     kind: Literal["full"] = "full"
     # The rows are those of the input embedding: one table, trained by both uses.
     tied: bool = False
+    # Rows start random, or from vectors of co-occurrence counts (see `python -m vqcx_jax.maps`).
+    start: Literal["random", "cooccurrence"] = "random"
     # How the loss is computed. "plain" keeps the logits of all positions; "streamed" holds a block
     # of the vocabulary at a time, and computes four products where "plain" has three.
     implementation: Literal["plain", "streamed"] = "plain"

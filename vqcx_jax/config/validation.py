@@ -147,7 +147,8 @@ def _check_form(head: VQHead, embed_dim: int) -> None:
         _fail(
             "model.head.assignment",
             head.assignment,
-            f"must be 'random' or 'file' for model.head.num_codebooks={head.num_codebooks}",
+            "must be 'random', 'cooccurrence' or 'file' for "
+            f"model.head.num_codebooks={head.num_codebooks}",
         )
     if head.tied and head.num_codebooks == 1:
         _fail("model.head.tied", True, "needs model.head.num_codebooks of 2 or more")
@@ -188,8 +189,9 @@ def _check_token_map(head: VQHead) -> None:
     only_file = f"needs assignment='file', but model.head.assignment={head.assignment!r}"
     if head.token_map is not None:
         _fail("model.head.token_map", head.token_map, only_file)
-    if head.code_init == "centroids":
-        _fail("model.head.code_init", head.code_init, only_file)
+    if head.code_init == "centroids" and head.assignment != "cooccurrence":
+        accepted = f"needs assignment='cooccurrence' or 'file', not {head.assignment!r}"
+        _fail("model.head.code_init", head.code_init, accepted)
 
 
 def _check_data(data: Data) -> None:

@@ -17,7 +17,8 @@ from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.errors import UserError
 from vqcx_jax.maps import describe
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
-from vqcx_jax.maps.vectors import cooccurrence_vectors, head_vectors, load_vectors
+from vqcx_jax.maps.run_vectors import head_vectors
+from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 
 # Fields of the head that must be as the map is, besides its path.
 _SET_BY_MAP = (

@@ -1,14 +1,18 @@
 """The token map that a config asks for."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import DataError
 from vqcx_jax.maps.fixed import by_frequency, contiguous_map, frequency_map, random_map
+from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.token_map import TokenMap
+from vqcx_jax.maps.vectors import cooccurrence_vectors
 
 
 def make_map(
@@ -19,6 +23,8 @@ def make_map(
     counts: np.ndarray,
     seed: int,
     tokenizer: str | None = None,
+    documents: Callable[[], Iterable[np.ndarray]] | None = None,
+    cached_at: Path | None = None,
 ) -> TokenMap:
     """Makes the map of a head, or reads the one that it names.
 
@@ -29,6 +35,8 @@ def make_map(
         counts: int (V,) occurrences in the training text.
         seed: for assignment="random".
         tokenizer: fingerprint of the tokenizer in use, which a map that is read must fit.
+        documents: for assignment="cooccurrence": gives the token ids of the training documents.
+        cached_at: for assignment="cooccurrence": where the map is kept, or is read if it is there.
 
     Raises:
         DataError: counts or a map that do not fit the vocabulary or the head.
@@ -37,6 +45,10 @@ def make_map(
         return _read(head, vocab_size, embed_dim, tokenizer)
     if counts.shape != (vocab_size,):
         raise DataError(f"counts of shape {counts.shape}: expected one a token, ({vocab_size},)")
+    if head.assignment == "cooccurrence":
+        if documents is None:
+            raise DataError("documents=None: assignment='cooccurrence' counts those of the text")
+        return _started(head, _from_documents(head, embed_dim, counts, documents, cached_at))
     order = by_frequency(counts)
     own = order[: head.num_own_tokens].astype(np.int32)
     coded = np.sort(order[head.num_own_tokens :])
@@ -59,10 +71,57 @@ def _read(head: schema.VQHead, vocab_size: int, embed_dim: int, tokenizer: str |
         Path(head.token_map).expanduser(), vocab_size=vocab_size, tokenizer=tokenizer
     )
     _check_sizes(head, token_map)
-    if head.code_init == "random":
-        return dataclasses.replace(token_map, codebooks=None, scale=None, own_vectors=None)
-    _check_start(head, token_map, embed_dim)
+    if head.code_init == "centroids":
+        _check_start(head, token_map, embed_dim)
+    return _started(head, token_map)
+
+
+def own_map(vectors: np.ndarray) -> TokenMap:
+    """The map of a full head: every token has an own vector, which it starts from.
+
+    Args:
+        vectors: float32 (V, D).
+    """
+    vocab_size = len(vectors)
+    return TokenMap(
+        np.zeros((vocab_size, 1), np.int32),
+        (1,),
+        own_tokens=np.arange(vocab_size, dtype=np.int32),
+        own_vectors=vectors,
+    )
+
+
+def _from_documents(
+    head: schema.VQHead,
+    embed_dim: int,
+    counts: np.ndarray,
+    documents: Callable[[], Iterable[np.ndarray]],
+    cached_at: Path | None,
+) -> TokenMap:
+    if cached_at is not None and cached_at.exists():
+        return TokenMap.load(cached_at, vocab_size=len(counts))
+    methods: dict[str, Literal["residual", "product"]]
+    methods = {"additive": "residual", "product": "product"}
+    options = Options(
+        method="kmeans" if head.num_codebooks == 1 else methods[head.form],
+        num_codes=head.num_codes,
+        num_codebooks=head.num_codebooks,
+        scale=head.token_scale,
+        own=head.num_own_tokens,
+    )
+    vectors = cooccurrence_vectors(documents(), len(counts), embed_dim)
+    token_map = map_from_vectors(vectors, counts, options, seed=0)
+    if cached_at is not None:
+        cached_at.parent.mkdir(parents=True, exist_ok=True)
+        token_map.save(cached_at)
     return token_map
+
+
+def _started(head: schema.VQHead, token_map: TokenMap) -> TokenMap:
+    """With what a head starts from, or without."""
+    if head.code_init == "centroids":
+        return token_map
+    return dataclasses.replace(token_map, codebooks=None, scale=None, own_vectors=None)
 
 
 def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:

@@ -159,8 +159,6 @@ def _check_own_tokens(own_tokens: np.ndarray, vocab_size: int) -> None:
         raise DataError(
             f"own_tokens: must be int32 of one axis, got {own_tokens.dtype} {own_tokens.shape}"
         )
-    if len(own_tokens) >= vocab_size:
-        raise DataError(f"own_tokens: must be fewer than the {vocab_size} tokens")
     inside = np.all((own_tokens >= 0) & (own_tokens < vocab_size))
     if not inside or len(np.unique(own_tokens)) < len(own_tokens):
         raise DataError(f"own_tokens: must be distinct and in [0, {vocab_size})")

@@ -1,6 +1,7 @@
 """Everything a run settles before its first step: text, tokenizer, sizes, token map."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from vqcx_jax import data
 from vqcx_jax.checkpoint import check_architecture, load_run
 from vqcx_jax.config import from_json, schema, to_json, validate
 from vqcx_jax.data import Corpus, Tokenizer
+from vqcx_jax.data.cache import content_key
 from vqcx_jax.errors import CheckpointError
-from vqcx_jax.maps import TokenMap, make_map
+from vqcx_jax.maps import TokenMap, make_map, own_map
+from vqcx_jax.maps.vectors import cooccurrence_vectors
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.nn.heads import order_by_frequency
@@ -87,25 +90,34 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
 
 def _with_token_map(setup: Setup) -> Setup:
     config, model = setup.config, setup.config.model
-    if isinstance(model.head, schema.FullHead | schema.LowRankHead):
+    cache_dir = data.cache_directory(config.data.cache_dir)
+    limit, vocab_size = config.data.count_documents, model.known_vocab_size()
+
+    def documents() -> Iterator[np.ndarray]:
+        return data.encoded_documents(setup.tokenizer, setup.corpus.split("train"), limit)
+
+    head = model.head
+    if isinstance(head, schema.FullHead) and head.start == "cooccurrence":
+        vectors = cooccurrence_vectors(documents(), vocab_size, model.embed_dim)
+        return dataclasses.replace(setup, token_map=own_map(vectors))
+    if isinstance(head, schema.FullHead | schema.LowRankHead):
         return setup
     counts = data.cached_token_counts(
-        setup.tokenizer,
-        setup.corpus,
-        data.cache_directory(config.data.cache_dir),
-        config.data.count_documents,
-        vocab_size=model.known_vocab_size(),
+        setup.tokenizer, setup.corpus, cache_dir, limit, vocab_size=vocab_size
     )
-    head = model.head
     if isinstance(head, schema.AdaptiveHead | schema.HierarchicalHead):
         return dataclasses.replace(setup, token_map=order_by_frequency(head, counts))
+    tokenizer = data.tokenizer_fingerprint(setup.tokenizer)
+    made_from = [to_json(config)["model"], setup.corpus.fingerprint, tokenizer, limit]
     token_map = make_map(
         head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head,
-        vocab_size=model.known_vocab_size(),
+        vocab_size=vocab_size,
         embed_dim=model.embed_dim,
         counts=counts,
         seed=config.train.seed,
-        tokenizer=data.tokenizer_fingerprint(setup.tokenizer),
+        tokenizer=tokenizer,
+        documents=documents,
+        cached_at=cache_dir / "token_maps" / f"{content_key(made_from)}.npz",
     )
     return dataclasses.replace(setup, token_map=token_map, token_counts=counts)
 

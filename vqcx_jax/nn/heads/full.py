@@ -23,6 +23,7 @@ class FullHead(Head):
     Args:
         implementation: how the loss is computed: "plain" keeps the logits of all positions,
             "streamed" holds a block of the vocabulary at a time and computes them twice.
+        weights: float32 (V, D) to start from, or None for random.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class FullHead(Head):
         token_bias: bool = False,
         logit_soft_cap: float | None = None,
         implementation: Literal["plain", "streamed"] = "plain",
+        weights: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
-        weights = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
+        if weights is None:
+            weights = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
         self.weights = param(weights, ("vocab", "embed"))
         if token_bias:
             self.bias = param(jnp.zeros((vocab_size,), jnp.float32), ("vocab",), decay=False)

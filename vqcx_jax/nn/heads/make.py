@@ -40,7 +40,7 @@ def make_head(
     """
     match config.head:
         case schema.FullHead():
-            return _full(config, config.head, rules, rngs)
+            return _full(config, config.head, token_map, rules, rngs)
         case schema.LowRankHead():
             return _low_rank(config, config.head, rules, rngs)
         case schema.AdaptiveHead():
@@ -54,7 +54,11 @@ def make_head(
 
 
 def _full(
-    config: schema.Model, head: schema.FullHead, rules: schema.ShardingRules, rngs: nnx.Rngs
+    config: schema.Model,
+    head: schema.FullHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
 ) -> Head:
     return FullHead(
         config.known_vocab_size(),
@@ -62,6 +66,7 @@ def _full(
         token_bias=head.token_bias,
         logit_soft_cap=head.logit_soft_cap,
         implementation=head.implementation,
+        weights=None if token_map is None else _array(token_map.own_vectors),
         dtype=jnp.dtype(config.dtype),
         rules=rules,
         rngs=rngs,
