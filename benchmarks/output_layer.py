@@ -1,42 +1,120 @@
-"""Output layers side by side: python benchmarks/output_layer.py [--tokens=512] [--vocab=50257].
+"""Output layers side by side: python benchmarks/output_layer.py [--tokens=512] [--vocab 50257].
 
 Training: forward + backward of the mean loss, by the hidden states and all parameters, float32.
 Decoding: one step of one sequence, from its hidden state to a sampled token.
-All rows run in one process, and each repetition runs every row once, so that a drift of the
-machine hits all alike. Temporary memory is what the compiled program needs beside its arguments
+All rows of a table run in one process, and each repetition runs every row once, so that a drift of
+the machine hits all alike. Temporary memory is what the compiled program needs beside its arguments
 and results. "Speed" is the median time of the fastest full softmax over that of the row.
+
+Several sizes make several tables: --vocab 8192 50257 262144, or --codes 64 512 4096. Rows whose V
+logits or V vectors would need more than --max_gb are left out. --plot=FILE.svg draws times by size.
 """
 
 import argparse
 import dataclasses
-import inspect
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from vqcx_jax.ops import codebook, softmax
-from vqcx_jax.ops.codebook import reference
+from vqcx_jax.nn import functional, heads
+from vqcx_jax.ops.hierarchical import huffman_paths
 
-# A row is one function, from the arrays that it names (see `make_arrays`) to the losses of all
-# positions. It is differentiated by all its arrays of floats. A full softmax is named so.
-ROWS: dict[str, Callable[..., jax.Array]] = {
-    "full (plain jax)": lambda h, weights, targets: softmax.nll(h, weights, targets)[0],
-    "full (streamed)": lambda h, weights, targets: softmax.streamed_nll(h, weights, targets)[0],
-    "VQ M=1": lambda h, codes, assignment, targets: codebook.nll(h, codes, assignment, targets)[0],
-    "VQ M=1, token bias": lambda h, codes, assignment, targets, bias: codebook.nll(
-        h, codes, assignment, targets, bias
-    )[0],
-    "VQ M=1, scattered to V logits": lambda h, codes, assignment, targets: reference.nll(
-        h, codes, assignment, targets
-    )[0],
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """N positions, width D, V tokens, K codes."""
+
+    tokens: int
+    dim: int
+    vocab: int
+    codes: int
+
+    def __str__(self) -> str:
+        return f"N={self.tokens} D={self.dim} V={self.vocab} K={self.codes}"
+
+
+def vq(sizes: Sizes, token_bias: bool) -> heads.Head:
+    assignment = np.random.default_rng(0).permutation(np.arange(sizes.vocab) % sizes.codes)
+    options = {"token_bias": token_bias, "rngs": nnx.Rngs(0)}
+    return heads.VQHead(assignment, sizes.codes, sizes.dim, **options)
+
+
+def two_codebooks(sizes: Sizes) -> heads.Head:
+    side = math.ceil(sizes.vocab**0.5)
+    cells = np.random.default_rng(0).permutation(side * side)[: sizes.vocab]
+    assignment = np.stack([cells // side, cells % side], axis=1)
+    return heads.MultiVQHead(assignment, side, sizes.dim, rngs=nnx.Rngs(0))
+
+
+def product_16(sizes: Sizes, expand: bool) -> heads.Head:
+    codes = min(256, sizes.vocab)
+    assignment = np.random.default_rng(0).integers(codes, size=(sizes.vocab, 16))
+    options = {"form": "product", "expand_vectors": expand, "rngs": nnx.Rngs(0)}
+    return heads.MultiVQHead(assignment, codes, sizes.dim, **options)
+
+
+def full(sizes: Sizes, implementation: Any) -> heads.Head:
+    options = {"implementation": implementation, "rngs": nnx.Rngs(0)}
+    return heads.FullHead(sizes.vocab, sizes.dim, **options)
+
+
+def adaptive(sizes: Sizes) -> heads.Head:
+    cutoffs = [sizes.vocab // 25, sizes.vocab // 5]
+    return heads.AdaptiveHead(sizes.vocab, sizes.dim, cutoffs, rngs=nnx.Rngs(0))
+
+
+def huffman(sizes: Sizes) -> heads.Head:
+    paths = huffman_paths(1_000_000 // np.arange(1, sizes.vocab + 1))
+    return heads.HuffmanHead(jnp.asarray(paths), sizes.dim, rngs=nnx.Rngs(0))
+
+
+# A full softmax is named so; "needs V" marks what makes V vectors or V logits.
+HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
+    "full (plain jax)": (lambda s: full(s, "plain"), True),
+    "full (streamed)": (lambda s: full(s, "streamed"), True),
+    "low rank, R = 64": (
+        lambda s: heads.LowRankHead(s.vocab, s.dim, 64, rngs=nnx.Rngs(0)),
+        True,
+    ),
+    "adaptive softmax": (adaptive, True),
+    "hierarchical, classes": (
+        lambda s: heads.TwoLevelHead(s.vocab, s.dim, rngs=nnx.Rngs(0)),
+        True,
+    ),
+    "hierarchical, Huffman": (huffman, True),
+    "VQ M=1, no bias": (lambda s: vq(s, token_bias=False), False),
+    "VQ M=1": (lambda s: vq(s, token_bias=True), False),
+    "VQ M=2, sqrt(V) codes each": (two_codebooks, False),
+    "VQ product M=16, vectors": (lambda s: product_16(s, expand=True), True),
+    "VQ product M=16, codes": (lambda s: product_16(s, expand=False), False),
 }
+DECODERS = ("full (plain jax)", "VQ M=1", "VQ M=2, sqrt(V) codes each", "VQ product M=16, codes")
+
+
+def random_head(make: Callable[[Sizes], heads.Head], sizes: Sizes) -> heads.Head:
+    """With parameters that make logits of deviation one or so."""
+    graphdef, params, buffers = functional.split(make(sizes))
+    rng = np.random.default_rng(1)
+
+    def randomise(x: jax.Array) -> jax.Array:
+        scale = 1.0 if x.ndim == 1 else x.shape[-1] ** -0.5
+        return jnp.asarray(scale * rng.standard_normal(x.shape), jnp.float32)
+
+    return nnx.merge(graphdef, jax.tree.map(randomise, params), buffers)
+
+
+# ---------------------------------------------------------------- peers
 
 
 def optax_nll(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
@@ -56,51 +134,36 @@ PEERS = {
 }
 
 
-# A decoder is a row whose result is a token. `h` is that of the first position alone.
-def sample_full(key: jax.Array, h: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Array:
-    return jax.random.categorical(key, softmax.logits(h, weights, bias))
+def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "Step"]:
+    import torch
 
-
-def sample_code_then_token(
-    key: jax.Array,
-    h: jax.Array,
-    codes: jax.Array,
-    code_log_mass: jax.Array,
-    tokens_by_code: jax.Array,
-    cumulative: jax.Array,
-) -> jax.Array:
-    code_key, token_key = jax.random.split(key)
-    code = jax.random.categorical(code_key, codebook.code_logits(h, codes) + code_log_mass)
-    uniform = jax.random.uniform(token_key, code.shape)
-    return tokens_by_code[jnp.searchsorted(cumulative, code + uniform, side="right")]
-
-
-DECODERS: dict[str, Callable[..., jax.Array]] = {
-    "full: logits, categorical": sample_full,
-    "VQ M=1, token bias: code, then token": sample_code_then_token,
-}
-
-
-def make_arrays(tokens: int, dim: int, vocab: int, codes: int) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    bias = rng.standard_normal(vocab)
-    assignment = rng.permutation(np.arange(vocab) % codes)
-    mass = np.bincount(assignment, np.exp(bias))
-    order = np.argsort(assignment, kind="stable")
-    arrays = {
-        "h": rng.standard_normal((tokens, dim)),
-        "targets": rng.integers(vocab, size=tokens),
-        "weights": rng.standard_normal((vocab, dim)) / dim**0.5,
-        "bias": bias,
-        "codes": rng.standard_normal((codes, dim)) / dim**0.5,
-        "assignment": assignment,
-        "code_log_mass": np.log(mass),
-        "tokens_by_code": order,
-        # Of tokens_by_code: code + p(this token or one before it | code), to float32's digits.
-        "cumulative": np.cumsum(np.exp(bias[order]) / mass[assignment[order]]),
+    functional = torch.nn.functional
+    h_t = torch.from_numpy(h.copy()).requires_grad_()
+    targets_t = torch.from_numpy(targets.astype(np.int64))
+    weights = (torch.randn(sizes.vocab, sizes.dim) / sizes.dim**0.5).requires_grad_()
+    cutoffs = [sizes.vocab // 25, sizes.vocab // 5]
+    adaptive = torch.nn.AdaptiveLogSoftmaxWithLoss(sizes.dim, sizes.vocab, cutoffs)
+    losses = {
+        "full (torch cross_entropy)": lambda: functional.cross_entropy(h_t @ weights.T, targets_t),
+        "adaptive softmax (torch)": lambda: adaptive(h_t, targets_t).loss,
     }
-    kinds = {"f": jnp.float32, "i": jnp.int32}
-    return {name: jnp.asarray(x, kinds[x.dtype.kind]) for name, x in arrays.items()}
+    if hasattr(functional, "linear_cross_entropy"):
+        losses["full (torch linear_cross_entropy)"] = lambda: functional.linear_cross_entropy(
+            h_t, weights, targets_t
+        )
+
+    def step(loss: Callable[[], Any]) -> Step:
+        def call() -> None:
+            h_t.grad = weights.grad = None
+            adaptive.zero_grad()
+            loss().backward()
+
+        return Step(call)
+
+    return {name: step(loss) for name, loss in losses.items()}
+
+
+# ---------------------------------------------------------------- measuring
 
 
 @dataclasses.dataclass
@@ -112,35 +175,30 @@ class Step:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def compile_step(function: Callable[..., Any], args: list[jax.Array]) -> Step:
+def compile_step(function: Callable[..., Any], *args: Any) -> Step:
     compiled = jax.jit(function).lower(*args).compile()
     memory = compiled.memory_analysis()
     needed = memory and memory.temp_size_in_bytes
     return Step(lambda: jax.block_until_ready(compiled(*args)), needed)
 
 
-def named_arrays(function: Callable[..., Any], arrays: dict[str, jax.Array]) -> list[jax.Array]:
-    return [arrays[name] for name in inspect.signature(function).parameters]
+def training_step(head: heads.Head, h: np.ndarray, targets: np.ndarray) -> Step:
+    graphdef, params, buffers = functional.split(head)
+
+    def loss(params: Any, h_BxTxD: jax.Array, buffers: Any, targets_BxT: jax.Array) -> jax.Array:
+        return jnp.mean(nnx.merge(graphdef, params, buffers).nll(h_BxTxD, targets_BxT)[0])
+
+    step = jax.value_and_grad(loss, (0, 1))
+    return compile_step(step, params, h[None], buffers, targets[None])
 
 
-def training_step(nll: Callable[..., jax.Array], arrays: dict[str, jax.Array]) -> Step:
-    args = named_arrays(nll, arrays)
-    floats = tuple(i for i, x in enumerate(args) if x.dtype == jnp.float32)
-    return compile_step(jax.value_and_grad(lambda *args: jnp.mean(nll(*args)), floats), args)
+def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
+    return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
 
-def torch_step(arrays: dict[str, jax.Array]) -> Step:
-    import torch
-
-    names = ("h", "weights", "targets")
-    h, weights, targets = (torch.from_numpy(np.array(arrays[name])) for name in names)
-    h.requires_grad_(), weights.requires_grad_()
-
-    def call() -> None:
-        h.grad = weights.grad = None
-        torch.nn.functional.cross_entropy(h @ weights.T, targets.long()).backward()
-
-    return Step(call)
+def decoding_step(head: heads.Head, h: np.ndarray) -> Step:
+    """What depends on neither hidden state nor key, such as a sorted vocabulary, is done before."""
+    return compile_step(head.sampler(), jnp.asarray(h[None, :1]), jax.random.key(0))
 
 
 def measure(rows: dict[str, Step], repeats: int) -> None:
@@ -155,7 +213,8 @@ def measure(rows: dict[str, Step], repeats: int) -> None:
 
 def print_table(title: str, rows: dict[str, Step]) -> None:
     medians = {name: statistics.median(row.seconds) for name, row in rows.items()}
-    fastest = min(median for name, median in medians.items() if name.startswith("full"))
+    full_rows = [median for name, median in medians.items() if name.startswith("full")]
+    fastest = min(full_rows, default=math.nan)
     print(f"\n| {title} | ms, median | min - max | speed | temporary MB |")
     print("|---|---|---|---|---|")
     for name, row in rows.items():
@@ -163,36 +222,75 @@ def print_table(title: str, rows: dict[str, Step]) -> None:
         memory = "" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:.2f}"
         print(
             f"| {name} | {1e3 * medians[name]:.3g} | {low:.3g} - {high:.3g} "
-            f"| {fastest / medians[name]:.2f} | {memory} |"
+            f"| {fastest / medians[name]:.2f} | {memory} |",
+            flush=True,
         )
+
+
+def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
+    rng = np.random.default_rng(2)
+    h = rng.standard_normal((sizes.tokens, sizes.dim), np.float32)
+    targets = rng.integers(sizes.vocab, size=sizes.tokens).astype(np.int32)
+    # Weights, their gradients and logits, and two of each where XLA keeps a copy.
+    fits = 16 * sizes.vocab * (sizes.tokens + sizes.dim) < 1e9 * args.max_gb
+    chosen = {name: make for name, (make, needs_v) in HEADS.items() if fits or not needs_v}
+    made = {name: random_head(make, sizes) for name, make in chosen.items()}
+    rows = {name: training_step(head, h, targets) for name, head in made.items()}
+    if fits:
+        weights = jnp.asarray(rng.standard_normal((sizes.vocab, sizes.dim), np.float32))
+        weights = weights / sizes.dim**0.5
+        for name, nll in (PEERS[peer] for peer in args.peers if peer in PEERS):
+            rows[name] = peer_step(nll, h, weights, targets)
+        if "torch" in args.peers:
+            rows |= torch_steps(h, targets, sizes)
+    measure(rows, args.repeats)
+    print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    print_table("training step", rows)
+    decoders = {name: decoding_step(made[name], h) for name in DECODERS if name in made}
+    measure(decoders, 20 * args.repeats)
+    print_table("decoding step", decoders)
+    return rows
+
+
+def draw(tables: dict[Sizes, dict[str, Step]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    varied = "vocab" if len({sizes.vocab for sizes in tables}) > 1 else "codes"
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name in dict.fromkeys(itertools.chain.from_iterable(tables.values())):
+        points = [
+            (getattr(sizes, varied), 1e3 * statistics.median(rows[name].seconds))
+            for sizes, rows in tables.items()
+            if name in rows
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=varied, ylabel="training step, ms (median)")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512, help="positions of a batch")
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--codes", type=int, default=503)
+    parser.add_argument("--dim", type=int, nargs="+", default=[256])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
+    parser.add_argument("--codes", type=int, nargs="+", default=[503])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--max_gb", type=float, default=8.0)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib")
     installed = [*PEERS, "torch"] if find_spec("torch") else [*PEERS]
     parser.add_argument("--peers", nargs="*", choices=installed, default=installed)
     args = parser.parse_args()
-
-    arrays = make_arrays(args.tokens, args.dim, args.vocab, args.codes)
-    functions = ROWS | dict(PEERS[name] for name in args.peers if name in PEERS)
-    rows = {name: training_step(nll, arrays) for name, nll in functions.items()}
-    if "torch" in args.peers:
-        rows["full (torch)"] = torch_step(arrays)
-    measure(rows, args.repeats)
-
-    one = arrays | {"h": arrays["h"][:1], "key": jax.random.key(0)}
-    decoders = {name: compile_step(f, named_arrays(f, one)) for name, f in DECODERS.items()}
-    measure(decoders, 20 * args.repeats)
-
-    shape = f"N={args.tokens} D={args.dim} V={args.vocab} K={args.codes}"
-    print(f"{shape}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print_table("training step", rows)
-    print_table("decoding step", decoders)
+    tables = {}
+    for dim, vocab, codes in itertools.product(args.dim, args.vocab, args.codes):
+        sizes = Sizes(args.tokens, dim, vocab, codes)
+        tables[sizes] = measure_sizes(sizes, args)
+    if args.plot is not None:
+        draw(tables, args.plot)
 
 
 if __name__ == "__main__":
