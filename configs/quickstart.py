@@ -1,6 +1,6 @@
 """A first run in minutes on a CPU: Python's own source files, BPE of 2,048 tokens, VQ-Logits.
 
-Trunk 1.8M parameters, input embedding 0.4M, codebook 0.1M (a full output layer: 0.4M).
+Trunk 1.8M parameters, input embedding 0.4M, codebook 0.01M (a full output layer: 0.4M).
 """
 
 from vqcx_jax.config import schema
@@ -17,7 +17,14 @@ def get_config() -> schema.Config:
             head_dim=32,
             mlp_dim=512,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=512, assignment="frequency"),
+            head=schema.VQHead(
+                form="product",
+                num_codebooks=16,
+                num_codes=64,
+                assignment="cooccurrence",
+                code_init="centroids",
+                token_scale=True,
+            ),
         ),
         data=schema.Data(
             dataset=schema.PythonStdlib(),

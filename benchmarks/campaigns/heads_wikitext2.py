@@ -12,7 +12,7 @@ from campaigns import heads
 
 def campaign(data: Path) -> Campaign:
     return Campaign(
-        config="configs/wikitext2.py",
+        config="benchmarks/campaigns/base.py",
         paths={"data.dataset.path": data},
         overrides={
             "data.batch_size": 8,

@@ -1,0 +1,27 @@
+"""What the runs of a campaign share: WikiText-2, words, D = 256. Campaigns name what differs."""
+
+from vqcx_jax.config import schema
+
+
+def get_config() -> schema.Config:
+    """Everything that is not named here has the schema's default."""
+    return schema.Config(
+        model=schema.Model(
+            embed_dim=256,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            head_dim=64,
+            mlp_dim=704,
+            attention=schema.ComplexAttention(),
+            head=schema.VQHead(num_codes=333, assignment="frequency"),
+        ),
+        data=schema.Data(
+            dataset=schema.WikiText(kind="wikitext2"),
+            tokenizer=schema.WordTokenizer(),
+            seq_len=256,
+            batch_size=16,
+        ),
+        optimizer=schema.Optimizer(learning_rate=2e-3, schedule="cosine", warmup_steps=100),
+        train=schema.Training(steps=2000, eval_every=250, checkpoint_every=250),
+    )
