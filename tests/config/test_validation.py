@@ -29,6 +29,8 @@ def make(**overrides: str) -> Config:
         (TWO_RANDOM | {"model.head.form": "product", "model.head.token_scale": "true"}, 1),
         (TWO_RANDOM | {"model.head.num_codebooks": "7"}, 1),  # Additive: 7 need not divide 256.
         ({"model.vocab_size": "512", "model.head.num_codes": "12", **OWN_500}, 1),
+        ({"model.head.reassign_every": "100"}, 1),
+        (TWO_RANDOM | {"model.head.reassign_every": "1", "model.head.tied": "true"}, 1),
         (TFDS | {"data.dataset.name": "c4/en"}, 1),
         (TFDS | {"data.dataset.path": "/c4"}, 1),
         ({"data.dataset.kind": "wikitext103"}, 1),
@@ -104,6 +106,11 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             TWO_RANDOM | {"model.head.assignment": "contiguous"},
             None,
             ["model.head.assignment='contiguous': must be 'random', 'cooccurrence' or 'file'"],
+        ),
+        (
+            {"model.head.reassign_every": "9", "model.head.learned_candidates": "4"},
+            None,
+            ["model.head.reassign_every=9: must be None with model.head.learned_candidates=4"],
         ),
         (
             {"model.head.assignment": "file"},

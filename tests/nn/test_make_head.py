@@ -35,6 +35,7 @@ CASES: dict[str, tuple[schema.HeadConfig, type]] = {
         schema.VQHead(num_codes=5, learned_candidates=3, token_scale=True, **PRODUCT),
         heads.LearnedVQHead,
     ),
+    "reassigned": (schema.VQHead(num_codes=5, reassign_every=9), heads.ReassignedVQHead),
     "two levels": (schema.TwoLevelVQHead(num_codes=6), heads.TwoLevelVQHead),
 }
 

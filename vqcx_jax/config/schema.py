@@ -79,6 +79,11 @@ class VQHead:
     learned_candidates: Annotated[int, Field(ge=2)] | None = None
     # Codes that are learned are drawn while training (straight-through Gumbel-softmax).
     gumbel: bool = True
+    # Change the map in every so many steps: each token goes to the code whose tokens have hidden
+    # states like its own, as targets (see `ReassignedVQHead`). None: codes stay what they are.
+    reassign_every: Positive | None = None
+    # Per step, of the running sums of hidden states.
+    reassign_decay: OpenFraction = 0.99
     # The input embedding is made of the same codes and vectors, trained by both uses. Needs more
     # than one codebook: the input must tell tokens apart.
     tied: bool = False

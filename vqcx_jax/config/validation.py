@@ -175,6 +175,12 @@ def _check_learned(head: VQHead) -> None:
         _fail(name, head.learned_candidates, accepted)
     if head.logit_soft_cap is not None or head.expand_vectors is False:
         _fail(name, head.learned_candidates, "needs expanded vectors, which have no soft-cap")
+    if head.reassign_every is not None:
+        _fail(
+            "model.head.reassign_every",
+            head.reassign_every,
+            f"must be None with {name}={head.learned_candidates}: one of them makes the map",
+        )
 
 
 def _check_token_map(head: VQHead) -> None:

@@ -108,7 +108,9 @@ def _with_token_map(setup: Setup) -> Setup:
     if isinstance(head, schema.AdaptiveHead | schema.HierarchicalHead):
         return dataclasses.replace(setup, token_map=order_by_frequency(head, counts))
     tokenizer = data.tokenizer_fingerprint(setup.tokenizer)
-    made_from = [to_json(config)["model"], setup.corpus.fingerprint, tokenizer, limit]
+    sizes = [vocab_size, model.embed_dim]
+    of_head = to_json(config)["model"]["head"]
+    made_from = [of_head, sizes, setup.corpus.fingerprint, tokenizer, limit]
     token_map = make_map(
         head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head,
         vocab_size=vocab_size,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from vqcx_jax.nn.loss import Batch, summed_nll
+from vqcx_jax.nn import functional
+from vqcx_jax.nn.loss import Batch, observed_nll
 from vqcx_jax.training.state import TrainState
 
 
@@ -28,18 +29,18 @@ def make_train_step(
     Metrics, float32 (): loss (mean nll per token, nats), grad_norm (before clipping),
     learning_rate, param_norm (after the step), tokens.
     """
-    gradient = jax.grad(summed_nll, argnums=1, has_aux=True)
+    gradient = jax.grad(observed_nll, argnums=1, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         def accumulate(carry: Any, microbatch: Batch) -> tuple[Any, None]:
-            grads, (nll, tokens) = gradient(
-                graphdef, state.params, state.buffers, microbatch, z_loss
-            )
-            return jax.tree.map(jnp.add, carry, (grads, nll, tokens)), None
+            grads, sums = gradient(graphdef, state.params, state.buffers, microbatch, z_loss)
+            return jax.tree.map(jnp.add, carry, (grads, *sums)), None
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), zero, zero)
-        (grads, nll, tokens), _ = jax.lax.scan(accumulate, zeros, batch)
+        model = nnx.merge(graphdef, state.params, state.buffers)
+        of_params, of_head = jax.tree.map(jnp.zeros_like, (state.params, model.head.statistics()))
+        zeros = (of_params, zero, zero, of_head)
+        (grads, nll, tokens, observed), _ = jax.lax.scan(accumulate, zeros, batch)
         tokens = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -51,6 +52,8 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "tokens": tokens,
         }
-        return TrainState(state.step + 1, params, state.buffers, opt_state), metrics
+        model.head.adapt(observed, state.step + 1)
+        _, _, buffers = functional.split(model)
+        return TrainState(state.step + 1, params, buffers, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -9,6 +9,7 @@ from vqcx_jax.nn.heads.learned_vq import LearnedVQHead
 from vqcx_jax.nn.heads.low_rank import LowRankHead
 from vqcx_jax.nn.heads.make import make_head
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
+from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
 from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
 from vqcx_jax.nn.heads.vq import VQHead
@@ -21,6 +22,7 @@ __all__ = [
     "LearnedVQHead",
     "LowRankHead",
     "MultiVQHead",
+    "ReassignedVQHead",
     "Sampler",
     "TwoLevelHead",
     "TwoLevelVQHead",

@@ -10,6 +10,7 @@ from flax import nnx
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.ops import sampling
+from vqcx_jax.ops.codebook.reassign import Statistics
 from vqcx_jax.ops.labels import check_labels
 from vqcx_jax.sharding import constrain
 
@@ -104,6 +105,28 @@ class Head(nnx.Module, abc.ABC):
             )
 
         return sample
+
+    def statistics(self) -> Statistics | None:
+        """What the head remembers of the hidden states it was trained with; None: nothing.
+
+        For heads that learn from them in other ways than by gradients. The trainer sums `observe`
+        over the batches of a step and hands it to `adapt` when the weights are updated.
+        """
+        return None
+
+    def observe(
+        self, h_BxTxD: jax.Array, targets_BxT: jax.Array, is_token_BxT: jax.Array
+    ) -> Statistics | None:
+        """What `statistics` would be of this batch alone (all of it, on a mesh)."""
+        return None
+
+    def adapt(self, observed: Statistics | None, step: jax.Array) -> None:
+        """Updates the head's buffers in place.
+
+        Args:
+            observed: sum of `observe` over the batches of the step.
+            step: int32 (), steps done with this one.
+        """
 
     def _whole_logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits of which every device has the whole vocabulary, which sorting needs."""

@@ -18,6 +18,7 @@ from vqcx_jax.nn.heads.huffman import HuffmanHead
 from vqcx_jax.nn.heads.learned_vq import LearnedVQHead
 from vqcx_jax.nn.heads.low_rank import LowRankHead
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
+from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
 from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
 from vqcx_jax.nn.heads.vq import VQHead
@@ -142,7 +143,7 @@ def _vq(
         "rules": rules,
         "rngs": rngs,
     }
-    learned = head.learned_candidates is not None
+    learned = head.learned_candidates is not None or head.reassign_every is not None
     if head.num_codebooks == 1 and not (head.num_own_tokens or head.token_scale or learned):
         return VQHead(
             jnp.asarray(token_map.codes[:, 0]),
@@ -164,12 +165,11 @@ def _vq(
     if head.learned_candidates is not None:
         options |= {"num_candidates": head.learned_candidates, "gumbel": head.gumbel}
         return LearnedVQHead(*shape, **options)
-    return MultiVQHead(
-        *shape,
-        expand_vectors=head.expand_vectors,
-        logit_soft_cap=head.logit_soft_cap,
-        **options,
-    )
+    options |= {"expand_vectors": head.expand_vectors, "logit_soft_cap": head.logit_soft_cap}
+    if head.reassign_every is not None:
+        options |= {"every": head.reassign_every, "decay": head.reassign_decay}
+        return ReassignedVQHead(*shape, **options)
+    return MultiVQHead(*shape, **options)
 
 
 def _two_level_vq(
