@@ -233,7 +233,8 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     targets = rng.integers(sizes.vocab, size=sizes.tokens).astype(np.int32)
     # Weights, their gradients and logits, and two of each where XLA keeps a copy.
     fits = 16 * sizes.vocab * (sizes.tokens + sizes.dim) < 1e9 * args.max_gb
-    chosen = {name: make for name, (make, needs_v) in HEADS.items() if fits or not needs_v}
+    asked = {name: HEADS[name] for name in args.rows}
+    chosen = {name: make for name, (make, needs_v) in asked.items() if fits or not needs_v}
     made = {name: random_head(make, sizes) for name, make in chosen.items()}
     rows = {name: training_step(head, h, targets) for name, head in made.items()}
     if fits:
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[503])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--max_gb", type=float, default=8.0)
+    parser.add_argument("--rows", nargs="+", choices=[*HEADS], default=[*HEADS], metavar="NAME")
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     installed = [*PEERS, "torch"] if find_spec("torch") else [*PEERS]
     parser.add_argument("--peers", nargs="*", choices=installed, default=installed)
