@@ -17,9 +17,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ONE_CODEBOOK = [
+    "--config.model.head.kind=vq",
+    "--config.model.head.form=additive",
+    "--config.model.head.num_codebooks=1",
+    "--config.model.head.num_codes=333",
+    "--config.model.head.assignment=frequency",
+    "--config.model.head.code_init=random",
+    "--config.model.head.token_scale=false",
+]
 VARIANTS = {
-    "vq, complex": ["--config.model.head.kind=vq", "--config.model.attention.kind=complex"],
-    "vq, rope": ["--config.model.head.kind=vq", "--config.model.attention.kind=rope"],
+    "vq, complex": [*ONE_CODEBOOK, "--config.model.attention.kind=complex"],
+    "vq, rope": [*ONE_CODEBOOK, "--config.model.attention.kind=rope"],
     "full, complex": ["--config.model.head.kind=full", "--config.model.attention.kind=complex"],
     "full, rope": ["--config.model.head.kind=full", "--config.model.attention.kind=rope"],
 }

@@ -227,3 +227,10 @@ def test_map_of_the_text_is_kept(tmp_path: Path) -> None:
     second = cooccurrence(path, documents=[], code_init="centroids")
     np.testing.assert_array_equal(first.codes, second.codes)
     assert second.codebooks is not None and cooccurrence(path).codebooks is None
+
+
+def test_damaged_map_of_the_text_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "map.npz"
+    path.write_bytes(b"half a file")
+    made = cooccurrence(path)
+    np.testing.assert_array_equal(TokenMap.load(path).codes, made.codes)

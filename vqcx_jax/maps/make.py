@@ -1,5 +1,6 @@
 """The token map that a config asks for."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -99,7 +100,9 @@ def _from_documents(
     cached_at: Path | None,
 ) -> TokenMap:
     if cached_at is not None and cached_at.exists():
-        return TokenMap.load(cached_at, vocab_size=len(counts))
+        # A damaged file is made again.
+        with contextlib.suppress(DataError):
+            return TokenMap.load(cached_at, vocab_size=len(counts))
     methods: dict[str, Literal["residual", "product"]]
     methods = {"additive": "residual", "product": "product"}
     options = Options(
