@@ -34,7 +34,8 @@ class MultiVQHead(Head):
         expand_vectors: where the loss has no closed form (M > 2 or scales), build all V token
             vectors anew in each step and stream a full softmax over them, which is what matrix
             units are good at; False: stream over codes, which is less work for wide models
-            (measured on CPUs, see docs/output_layer.md). None: True, unless there is a soft-cap, which vectors cannot have.
+            (measured on CPUs, see docs/output_layer.md). None: True, unless there is a soft-cap,
+            which vectors cannot have.
         logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
             within the cap (with scales, within scale times the cap) before its bias; own tokens
             directly.
