@@ -270,14 +270,20 @@ def _sizes(workdir: Path) -> dict[str, int]:
     _, params, _ = functional.split(abstract_model(config))
     # Scores of codes that are learned are gone when they are.
     arrays = [x for name, x in params.get("head", {}).items() if name != "scores"]
+    scalars = sum(x.size for x in arrays if x.ndim == 1)
     code_bits = 0
     if isinstance(head, schema.VQHead):
         code_bits = vocab_size * head.num_codebooks * math.ceil(math.log2(head.num_codes))
+    if isinstance(head, schema.ClassVQHead):
+        num_classes, _, _ = head.sizes(vocab_size)
+        code_bits = head.num_codebooks * math.ceil(math.log2(head.num_codes))
+        code_bits *= vocab_size + num_classes
+        code_bits += vocab_size * math.ceil(math.log2(num_classes + 1))
     return {
         "vocab_size": vocab_size,
         "embed_dim": config.model.embed_dim,
-        "head_vectors": sum(x.size for x in arrays if x.shape != (vocab_size,)),
-        "head_scalars": sum(x.size for x in arrays if x.shape == (vocab_size,)),
+        "head_vectors": sum(x.size for x in arrays) - scalars,
+        "head_scalars": scalars,
         "code_bits": code_bits,
         "trunk": sum(x.size for x in jax.tree.leaves(params.get("blocks", {}))),
     }

@@ -38,11 +38,23 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             f"product {num_codebooks}{', scale' if scale else ''}",
         )
 
+    num_classes = _classes(num_codes)
     by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
     k_means = {**FILE, "model.head.num_codes": num_codes}
     return {
         "full": Variant(FULL),
         "product 16": product(16),
+        "product 16 in classes": Variant(
+            {
+                "model.head.kind": "class_vq",
+                "model.head.assignment": "file",
+                "model.head.num_codebooks": 16,
+                "model.head.num_codes": of_product,
+                "model.head.num_classes": num_classes,
+                "model.head.num_frequent": num_classes,
+            },
+            "product 16, scale, classes",
+        ),
         "full, from co-occurrence": Variant({**FULL, "model.head.start": "cooccurrence"}),
         "VQ by frequency": Variant(by_frequency),
         "VQ by k-means": Variant({**k_means, **CENTROIDS}, "k-means"),
@@ -139,6 +151,12 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
         }
         found[f"product {m}"] = options
         found[f"product {m}, scale"] = {**options, "scale": True}
+    num_classes = _classes(num_codes)
+    found["product 16, scale, classes"] = {
+        **found["product 16, scale"],
+        "classes": num_classes,
+        "frequent": num_classes,
+    }
     return found
 
 
@@ -152,6 +170,11 @@ def learned(variant: Variant) -> Variant:
 def tied(variant: Variant) -> Variant:
     """With an input embedding of the same codes."""
     return dataclasses.replace(variant, overrides={**variant.overrides, "model.head.tied": True})
+
+
+def _classes(num_codes: int) -> int:
+    """About 4 sqrt(V), as num_codes is V / 100."""
+    return round(40 * num_codes**0.5)
 
 
 def _power_of_two(number: int) -> int:

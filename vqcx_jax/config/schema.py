@@ -118,6 +118,45 @@ class TwoLevelVQHead:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ClassVQHead:
+    """Product codes in classes: frequent tokens beside classes of the others, tokens in a class."""
+
+    kind: Literal["class_vq"] = "class_vq"
+    num_codes: Positive = 256
+    num_codebooks: Positive = 16
+    # Classes at the first level. None: 4 sqrt(V).
+    num_classes: Positive | None = None
+    # So many of the most frequent tokens stand at the first level. None: 4 sqrt(V).
+    num_frequent: NonNegative | None = None
+    # Codes and classes, as in VQHead: "random", or from near vectors.
+    assignment: Literal["random", "cooccurrence", "file"] = "cooccurrence"
+    token_map: str | None = None
+    code_init: Literal["random", "centroids"] = "centroids"
+    token_scale: bool = True
+    token_bias: bool = True
+
+    def sizes(self, vocab_size: int) -> tuple[int, int, int]:
+        """Classes, frequent tokens, and tokens of a class at most."""
+        usual = min(round(4 * vocab_size**0.5), -(-vocab_size // 3))
+        num_classes = usual if self.num_classes is None else self.num_classes
+        num_frequent = usual if self.num_frequent is None else self.num_frequent
+        return num_classes, num_frequent, -(-(vocab_size - num_frequent) // num_classes)
+
+    def codes(self) -> VQHead:
+        """A head of the same codes without classes."""
+        return VQHead(
+            num_codes=self.num_codes,
+            num_codebooks=self.num_codebooks,
+            form="product",
+            assignment=self.assignment,
+            token_map=self.token_map,
+            code_init=self.code_init,
+            token_scale=self.token_scale,
+            token_bias=self.token_bias,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class FullHead:
     """The ordinary output layer: V rows of width embed_dim."""
 
@@ -170,7 +209,9 @@ class HierarchicalHead:
     bias: bool = True
 
 
-HeadConfig = VQHead | TwoLevelVQHead | FullHead | LowRankHead | AdaptiveHead | HierarchicalHead
+HeadConfig = (
+    VQHead | ClassVQHead | TwoLevelVQHead | FullHead | LowRankHead | AdaptiveHead | HierarchicalHead
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -8,6 +8,7 @@ from vqcx_jax.config.mesh import minimum_mesh_shape, resolve_mesh_shape
 from vqcx_jax.config.schema import (
     TFDS,
     AdaptiveHead,
+    ClassVQHead,
     Config,
     Data,
     HierarchicalHead,
@@ -83,9 +84,30 @@ def _check_model(model: Model) -> None:
         _check_form(model.head, model.embed_dim)
         _check_learned(model.head)
         _check_token_map(model.head)
+    if isinstance(model.head, ClassVQHead):
+        _check_codes(model.head.codes(), model.vocab_size)
+        _check_form(model.head.codes(), model.embed_dim)
+        _check_classes(model.head, model.vocab_size)
+        _check_token_map(model.head.codes())
     if isinstance(model.head, TwoLevelVQHead):
         _check_codes(model.head.first_level(), model.vocab_size)
         _check_token_map(model.head.first_level())
+
+
+def _check_classes(head: ClassVQHead, vocab_size: int | None) -> None:
+    if vocab_size is None:
+        return
+    num_classes, num_frequent, _ = head.sizes(vocab_size)
+    if num_frequent >= vocab_size:
+        accepted = f"must be less than model.vocab_size={vocab_size}"
+        _fail("model.head.num_frequent", num_frequent, accepted)
+    if num_classes > vocab_size - num_frequent:
+        _fail(
+            "model.head.num_classes",
+            num_classes,
+            f"must be at most model.vocab_size={vocab_size} less "
+            f"model.head.num_frequent={num_frequent}",
+        )
 
 
 def _check_clusters(head: AdaptiveHead, model: Model) -> None:
@@ -109,7 +131,8 @@ def _check_clusters(head: AdaptiveHead, model: Model) -> None:
 
 def _check_z_loss(config: Config) -> None:
     head = config.model.head
-    if config.train.z_loss and isinstance(head, AdaptiveHead | HierarchicalHead | TwoLevelVQHead):
+    normalized = AdaptiveHead | ClassVQHead | HierarchicalHead | TwoLevelVQHead
+    if config.train.z_loss and isinstance(head, normalized):
         _fail(
             "train.z_loss",
             config.train.z_loss,

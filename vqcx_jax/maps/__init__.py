@@ -2,6 +2,6 @@
 
 from vqcx_jax.maps.make import make_map, own_map
 from vqcx_jax.maps.report import describe
-from vqcx_jax.maps.token_map import TokenMap
+from vqcx_jax.maps.token_map import TokenClasses, TokenMap
 
-__all__ = ["TokenMap", "describe", "make_map", "own_map"]
+__all__ = ["TokenClasses", "TokenMap", "describe", "make_map", "own_map"]

@@ -21,16 +21,28 @@ from vqcx_jax.maps.run_vectors import head_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 
 # Fields of the head that must be as the map is, besides its path.
-_SET_BY_MAP = (
-    "kind",
-    "assignment",
-    "num_codes",
-    "num_codebooks",
-    "form",
-    "num_own_tokens",
-    "token_scale",
-    "code_init",
-)
+_SET_BY_MAP = {
+    "vq": (
+        "kind",
+        "assignment",
+        "num_codes",
+        "num_codebooks",
+        "form",
+        "num_own_tokens",
+        "token_scale",
+        "code_init",
+    ),
+    "class_vq": (
+        "kind",
+        "assignment",
+        "num_codes",
+        "num_codebooks",
+        "num_classes",
+        "num_frequent",
+        "token_scale",
+        "code_init",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,8 @@ class Flags:
     unique: Annotated[bool, "no two tokens share all their codes"] = False
     balanced: Annotated[bool, "codes are used by equally many tokens"] = False
     rotate: Annotated[bool, "product: learn a rotation first"] = False
+    classes: Annotated[NonNegative, "product: put tokens into so many classes, for class_vq"] = 0
+    frequent: Annotated[NonNegative, "with classes: most frequent tokens that are in none"] = 0
     dim: Annotated[Positive | None, "cooccurrence: width; none: embed_dim"] = None
     window: Annotated[Positive, "cooccurrence: tokens on each side"] = 4
     num_contexts: Annotated[Positive, "cooccurrence: most frequent tokens as contexts"] = 20_000
@@ -91,13 +105,13 @@ def main() -> None:
     token_map.save(output)
 
     head, embed_dim = config.model.head, config.model.embed_dim
-    assert isinstance(head, schema.VQHead)
+    assert isinstance(head, schema.VQHead | schema.ClassVQHead)
     print(
         describe(
             token_map,
             embed_dim=embed_dim,
             counts=counts,
-            form=head.form,
+            form="product" if flags.method == "product" else "additive",
             token_bias=head.token_bias,
             token_scale=head.token_scale,
         )
@@ -111,6 +125,19 @@ def main() -> None:
 def _with_head(config: schema.Config, flags: Flags) -> schema.Config:
     """The configuration with a head that takes the map."""
     head = config.model.head
+    if flags.classes:
+        head = dataclasses.replace(
+            head if isinstance(head, schema.ClassVQHead) else schema.ClassVQHead(),
+            assignment="file",
+            token_map=flags.output,
+            num_codes=flags.num_codes,
+            num_codebooks=flags.num_codebooks,
+            num_classes=flags.classes,
+            num_frequent=flags.frequent,
+            token_scale=flags.scale,
+            code_init="random",
+        )
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
     head = dataclasses.replace(
         head if isinstance(head, schema.VQHead) else schema.VQHead(),
         assignment="file",
@@ -156,9 +183,12 @@ def _sources(flags: Flags, width: int, corpus: Corpus, tokenizer: Tokenizer) -> 
     }
 
 
-def _arguments(flags: Flags, overrides: list[tuple[str, str]], head: schema.VQHead) -> list[str]:
+def _arguments(
+    flags: Flags, overrides: list[tuple[str, str]], head: schema.VQHead | schema.ClassVQHead
+) -> list[str]:
     """Flags of train.py for a run with this head."""
-    of_head = [(f"model.head.{name}", str(getattr(head, name)).lower()) for name in _SET_BY_MAP]
+    fields = _SET_BY_MAP[head.kind]
+    of_head = [(f"model.head.{name}", str(getattr(head, name)).lower()) for name in fields]
     settings = [*overrides, *of_head, ("model.head.token_map", flags.output)]
     return [f"--config={flags.config}", *(f"--config.{path}={value}" for path, value in settings)]
 

@@ -1,12 +1,13 @@
 """Token maps from vectors: near tokens share codes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from vqcx_jax.errors import ConfigError, DataError
 from vqcx_jax.maps import quantize
+from vqcx_jax.maps.classes import near_classes
 from vqcx_jax.maps.fixed import by_frequency
 from vqcx_jax.maps.token_map import TokenMap
 from vqcx_jax.maps.unique import make_unique
@@ -27,6 +28,8 @@ class Options:
         unique: no two tokens share all their codes.
         balanced: every code of a codebook has at most ceil((V - own) / K) tokens (before `unique`).
         rotate: "product" only: rotate the vectors first, see `quantize.product`.
+        classes: "product" only: put tokens into so many classes, see `maps.classes`; 0: none.
+        frequent: with classes: so many of the most frequent tokens are in none.
     """
 
     method: Literal["kmeans", "residual", "product"]
@@ -38,6 +41,8 @@ class Options:
     unique: bool = False
     balanced: bool = False
     rotate: bool = False
+    classes: int = 0
+    frequent: int = 0
 
     def __post_init__(self) -> None:
         if self.method == "kmeans" and self.num_codebooks > 1:
@@ -47,6 +52,14 @@ class Options:
             )
         if self.rotate and self.method != "product":
             raise ConfigError(f"rotate=True: needs method='product', not {self.method!r}")
+        if self.classes and self.method != "product":
+            raise ConfigError(
+                f"classes={self.classes}: needs method='product', not {self.method!r}"
+            )
+        if self.classes and self.own:
+            raise ConfigError(f"own={self.own}: must be 0 with classes={self.classes}")
+        if self.frequent and not self.classes:
+            raise ConfigError(f"frequent={self.frequent}: needs classes of 1 or more")
 
 
 def map_from_vectors(
@@ -73,6 +86,11 @@ def map_from_vectors(
     num_tokens = len(vectors) - options.own
     if counts.shape != (len(vectors),):
         raise DataError(f"counts of shape {counts.shape}: expected ({len(vectors)},), one a token")
+    if options.classes + options.frequent > num_tokens:
+        raise DataError(
+            f"classes={options.classes}: must be at most {max(num_tokens - options.frequent, 0)}, "
+            f"the {num_tokens} tokens without the frequent={options.frequent} most frequent ones"
+        )
     if num_tokens < options.num_codes:
         raise DataError(
             f"num_codes={options.num_codes}: must be at most {max(num_tokens, 0)}, the "
@@ -99,7 +117,7 @@ def map_from_vectors(
     if norms is not None:
         approximations *= norms[:, None]
     loss = quantize.distortion(vectors[coded], approximations, weights)
-    return TokenMap(
+    token_map = TokenMap(
         codes=_scattered(codes, coded, len(counts), fill=0),
         num_codes=(options.num_codes,) * options.num_codebooks,
         codebooks=codebooks,
@@ -108,6 +126,17 @@ def map_from_vectors(
         own_vectors=vectors[own] if options.own else None,
         provenance={"options": asdict(options), "seed": seed, "distortion": loss},
     )
+    if not options.classes:
+        return token_map
+    of_classes = near_classes(
+        token_map,
+        np.maximum(counts, 1) ** options.power,
+        options.classes,
+        options.frequent,
+        frequency_order=order,
+        seed=seed,
+    )
+    return replace(token_map, classes=of_classes)
 
 
 def _quantize(

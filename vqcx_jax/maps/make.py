@@ -10,6 +10,7 @@ import numpy as np
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import DataError
+from vqcx_jax.maps.classes import random_classes
 from vqcx_jax.maps.fixed import by_frequency, contiguous_map, frequency_map, random_map
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.token_map import TokenMap
@@ -17,7 +18,7 @@ from vqcx_jax.maps.vectors import cooccurrence_vectors
 
 
 def make_map(
-    head: schema.VQHead,
+    head: schema.VQHead | schema.ClassVQHead,
     *,
     vocab_size: int,
     embed_dim: int,
@@ -42,20 +43,40 @@ def make_map(
     Raises:
         DataError: counts or a map that do not fit the vocabulary or the head.
     """
+    num_classes = num_frequent = 0
+    if isinstance(head, schema.ClassVQHead):
+        num_classes, num_frequent, _ = head.sizes(vocab_size)
+        head = head.codes()
     if head.assignment == "file":
-        return _read(head, vocab_size, embed_dim, tokenizer)
+        token_map = _read(head, vocab_size, embed_dim, tokenizer)
+        if num_classes:
+            _check_classes(token_map, num_classes, num_frequent, head.token_map)
+        return token_map
     if counts.shape != (vocab_size,):
         raise DataError(f"counts of shape {counts.shape}: expected one a token, ({vocab_size},)")
     if head.assignment == "cooccurrence":
         if documents is None:
             raise DataError("documents=None: assignment='cooccurrence' counts those of the text")
-        return _started(head, _from_documents(head, embed_dim, counts, documents, cached_at))
+        options = _options(head, num_classes, num_frequent)
+        found = _from_documents(options, embed_dim, counts, documents, cached_at)
+        return _started(head, found)
     order = by_frequency(counts)
     own = order[: head.num_own_tokens].astype(np.int32)
     coded = np.sort(order[head.num_own_tokens :])
     codes = np.zeros((vocab_size, head.num_codebooks), np.int32)
     codes[coded] = _codes(head, counts[coded], seed)
-    return TokenMap(codes, (head.num_codes,) * head.num_codebooks, own_tokens=own)
+    of_classes = None
+    if num_classes:
+        of_classes = random_classes(
+            counts,
+            num_classes,
+            num_frequent,
+            num_codes=head.num_codes,
+            num_codebooks=head.num_codebooks,
+            seed=seed,
+        )
+    sizes = (head.num_codes,) * head.num_codebooks
+    return TokenMap(codes, sizes, own_tokens=own, classes=of_classes)
 
 
 def _codes(head: schema.VQHead, counts: np.ndarray, seed: int) -> np.ndarray:
@@ -92,8 +113,22 @@ def own_map(vectors: np.ndarray) -> TokenMap:
     )
 
 
+def _options(head: schema.VQHead, num_classes: int, num_frequent: int) -> Options:
+    methods: dict[str, Literal["residual", "product"]]
+    methods = {"additive": "residual", "product": "product"}
+    return Options(
+        method="kmeans" if head.num_codebooks == 1 and not num_classes else methods[head.form],
+        num_codes=head.num_codes,
+        num_codebooks=head.num_codebooks,
+        scale=head.token_scale,
+        own=head.num_own_tokens,
+        classes=num_classes,
+        frequent=num_frequent,
+    )
+
+
 def _from_documents(
-    head: schema.VQHead,
+    options: Options,
     embed_dim: int,
     counts: np.ndarray,
     documents: Callable[[], Iterable[np.ndarray]],
@@ -103,15 +138,6 @@ def _from_documents(
         # A damaged file is made again.
         with contextlib.suppress(DataError):
             return TokenMap.load(cached_at, vocab_size=len(counts))
-    methods: dict[str, Literal["residual", "product"]]
-    methods = {"additive": "residual", "product": "product"}
-    options = Options(
-        method="kmeans" if head.num_codebooks == 1 else methods[head.form],
-        num_codes=head.num_codes,
-        num_codebooks=head.num_codebooks,
-        scale=head.token_scale,
-        own=head.num_own_tokens,
-    )
     vectors = cooccurrence_vectors(documents(), len(counts), embed_dim)
     token_map = map_from_vectors(vectors, counts, options, seed=0)
     if cached_at is not None:
@@ -124,7 +150,10 @@ def _started(head: schema.VQHead, token_map: TokenMap) -> TokenMap:
     """With what a head starts from, or without."""
     if head.code_init == "centroids":
         return token_map
-    return dataclasses.replace(token_map, codebooks=None, scale=None, own_vectors=None)
+    classes = token_map.classes and dataclasses.replace(token_map.classes, scale=None)
+    return dataclasses.replace(
+        token_map, codebooks=None, scale=None, own_vectors=None, classes=classes
+    )
 
 
 def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:
@@ -138,6 +167,20 @@ def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:
             value = getattr(head, name)
             accepted = found[0] if isinstance(found, tuple) and len(set(found)) == 1 else found
             raise DataError(f"model.head.{name}={value}: the map {head.token_map!r} has {accepted}")
+
+
+def _check_classes(
+    token_map: TokenMap, num_classes: int, num_frequent: int, path: str | None
+) -> None:
+    classes = token_map.classes
+    found = (0, 0)
+    if classes is not None:
+        found = len(classes.codes), int(np.sum(classes.of_token < 0))
+    for name, wanted, has in zip(
+        ("num_classes", "num_frequent"), (num_classes, num_frequent), found, strict=True
+    ):
+        if wanted != has:
+            raise DataError(f"model.head.{name}={wanted}: the map {path!r} has {has}")
 
 
 def _check_start(head: schema.VQHead, token_map: TokenMap, embed_dim: int) -> None:

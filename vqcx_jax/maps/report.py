@@ -31,12 +31,13 @@ def describe(
     vocab_size, own = token_map.vocab_size, len(token_map.own_tokens)
     full = vocab_size * embed_dim
     vectors = vector_parameters(token_map, embed_dim, form)
-    scalars = vocab_size * (token_bias + token_scale)
+    num_classes = 0 if token_map.classes is None else len(token_map.classes.codes)
+    scalars = (vocab_size + num_classes) * (token_bias + token_scale)
     of_codes = code_bytes(token_map)
     of_parameters = _BFLOAT16_BYTES * (vectors + scalars)
     share_of_bytes = (of_codes + of_parameters) / (_BFLOAT16_BYTES * full)
     share = (vectors + scalars) / full
-    with_scalars = f"; {share:.2%} with {scalars:,} token biases and scales" if scalars else ""
+    with_scalars = f"; {share:.2%} with {scalars:,} biases and scales" if scalars else ""
     usage = code_usage(token_map, counts)
     lines = [
         f"codes    {_sizes(token_map)} a token, {code_bits(token_map)} bits: "
@@ -49,6 +50,12 @@ def describe(
         f"usage    perplexity of codes in the text "
         f"{_range([perplexity for perplexity, _ in usage])}, {sum(n for _, n in usage)} unused",
     ]
+    if token_map.classes is not None:
+        sizes = np.bincount(token_map.classes.of_token + 1)
+        lines.append(
+            f"classes  {num_classes:,} of at most {sizes[1:].max():,} tokens, beside "
+            f"{sizes[0]:,} frequent ones"
+        )
     if not scalars:
         floor = perplexity_floor(token_map, counts)
         lines.append(f"floor    tokens with equal codes are tied: perplexity x {floor:.3f}")
@@ -67,23 +74,30 @@ def code_bits(token_map: TokenMap) -> int:
 
 
 def code_bytes(token_map: TokenMap) -> int:
-    """Bytes that hold the codes of all tokens, packed to the bit."""
-    return math.ceil(token_map.vocab_size * code_bits(token_map) / 8)
+    """Bytes that hold the codes of all tokens (and the classes, and theirs), packed to the bit."""
+    bits = token_map.vocab_size * code_bits(token_map)
+    if token_map.classes is not None:
+        num_classes = len(token_map.classes.codes)
+        bits += num_classes * code_bits(token_map)
+        bits += token_map.vocab_size * math.ceil(math.log2(num_classes + 1))
+    return math.ceil(bits / 8)
 
 
 def distinct_tuples(token_map: TokenMap) -> int:
-    """Tuples of codes that some token has."""
-    return len(np.unique(token_map.codes[token_map.coded_tokens()], axis=0))
+    """Tuples of codes (and class) that some token has."""
+    return len(np.unique(_tuples(token_map), axis=0))
 
 
 def tuple_sizes(token_map: TokenMap) -> np.ndarray:
-    """Tokens that have all the codes of a token, itself included. int64 (V,); own tokens: 1."""
-    coded = token_map.coded_tokens()
+    """Tokens that have all the codes of a token, itself included. int64 (V,); own tokens: 1.
+
+    Tokens of different classes are told apart by these.
+    """
     _, tuples, sizes = np.unique(
-        token_map.codes[coded], axis=0, return_inverse=True, return_counts=True
+        _tuples(token_map), axis=0, return_inverse=True, return_counts=True
     )
     of_tokens = np.ones(token_map.vocab_size, np.int64)
-    of_tokens[coded] = sizes[tuples]
+    of_tokens[token_map.coded_tokens()] = sizes[tuples]
     return of_tokens
 
 
@@ -111,6 +125,13 @@ def code_usage(token_map: TokenMap, counts: np.ndarray) -> list[tuple[float, int
         perplexity = math.exp(-np.sum(shares * np.log(shares)))
         usage.append((perplexity, k - len(np.unique(column))))
     return usage
+
+
+def _tuples(token_map: TokenMap) -> np.ndarray:
+    coded = token_map.coded_tokens()
+    if token_map.classes is None:
+        return token_map.codes[coded]
+    return np.column_stack([token_map.codes[coded], token_map.classes.of_token[coded]])
 
 
 def _sizes(token_map: TokenMap) -> str:

@@ -16,6 +16,21 @@ _CODE_TYPES = (np.uint8, np.uint16, np.uint32)
 
 
 @dataclass(frozen=True, eq=False)
+class TokenClasses:
+    """Classes of tokens, which have codes as tokens have; see `ops.codebook.classes`.
+
+    Attributes:
+        of_token: int32 (V,), the class of each token in [0, C); -1: none.
+        codes: int32 (C, M), in the codebooks of the tokens.
+        scale: float32 (C,) to start the classes' scales from; None: ones.
+    """
+
+    of_token: np.ndarray
+    codes: np.ndarray
+    scale: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class TokenMap:
     """Codes of V tokens in M codebooks, and optionally what a head starts from.
 
@@ -26,6 +41,7 @@ class TokenMap:
         scale: float32 (V,) to start the tokens' scales from; None: ones.
         own_tokens: int32 (T,), tokens that get a vector of their own and whose codes are not used.
         own_vectors: float32 (T, D) to start from; None: random ones.
+        classes: for heads of classes; None: no classes.
         provenance: how the map was made, as JSON values. "tokenizer" is the fingerprint of the
             tokenizer whose tokens these are.
 
@@ -39,6 +55,7 @@ class TokenMap:
     scale: np.ndarray | None = None
     own_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     own_vectors: np.ndarray | None = None
+    classes: TokenClasses | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +72,8 @@ class TokenMap:
             _check_floats("scale", self.scale, (self.vocab_size,))
         if self.own_vectors is not None:
             _check_floats("own_vectors", self.own_vectors, (len(self.own_tokens), None))
+        if self.classes is not None:
+            _check_classes(self.classes, self.vocab_size, self.num_codes)
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +109,11 @@ class TokenMap:
             arrays["scale"] = self.scale
         if self.own_vectors is not None:
             arrays["own_vectors"] = self.own_vectors
+        if self.classes is not None:
+            arrays["class_of_token"] = self.classes.of_token
+            arrays["class_codes"] = self.classes.codes
+            if self.classes.scale is not None:
+                arrays["class_scale"] = self.classes.scale
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, arrays)
@@ -152,6 +176,28 @@ def _check_codes(codes: np.ndarray, num_codes: tuple[int, ...]) -> None:
             raise DataError(
                 f"codes of codebook {m}: must be in [0, {k}), got {low if low < 0 else high}"
             )
+
+
+def _check_classes(classes: TokenClasses, vocab_size: int, num_codes: tuple[int, ...]) -> None:
+    of_token, codes = classes.of_token, classes.codes
+    if of_token.dtype != np.int32 or of_token.shape != (vocab_size,):
+        raise DataError(
+            f"class_of_token: must be int32 ({vocab_size},), got {of_token.dtype} {of_token.shape}"
+        )
+    if codes.dtype != np.int32 or codes.ndim != 2 or codes.shape[1] != len(num_codes):
+        raise DataError(
+            f"class_codes: must be int32 of shape (num_classes, {len(num_codes)}), got "
+            f"{codes.dtype} {codes.shape}"
+        )
+    if codes.size and (codes.min() < 0 or np.any(codes >= np.asarray(num_codes))):
+        raise DataError(f"class_codes: must be in [0, num_codes={num_codes})")
+    used = np.unique(of_token[of_token != -1])
+    if not np.array_equal(used, np.arange(len(codes))):
+        raise DataError(
+            f"class_of_token: must be -1 or in [0, {len(codes)}), and no class without a token"
+        )
+    if classes.scale is not None:
+        _check_floats("class_scale", classes.scale, (len(codes),))
 
 
 def _check_own_tokens(own_tokens: np.ndarray, vocab_size: int) -> None:
@@ -223,5 +269,12 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> TokenMap:
         scale=arrays.get("scale"),
         own_tokens=arrays["own_tokens"],
         own_vectors=arrays.get("own_vectors"),
+        classes=_classes_from(arrays),
         provenance=provenance,
     )
+
+
+def _classes_from(arrays: dict[str, np.ndarray]) -> TokenClasses | None:
+    if "class_codes" not in arrays:
+        return None
+    return TokenClasses(arrays["class_of_token"], arrays["class_codes"], arrays.get("class_scale"))

@@ -34,7 +34,7 @@ def run_summary(setup: Setup, state: TrainState, mesh: jax.sharding.Mesh) -> str
 
 def _token_map_lines(setup: Setup) -> list[str]:
     head, dim = setup.config.model.head, setup.config.model.embed_dim
-    if not isinstance(head, schema.VQHead) or setup.token_map is None:
+    if not isinstance(head, schema.VQHead | schema.ClassVQHead) or setup.token_map is None:
         return []  # Another head, or a run that goes on: its map is in the checkpoint.
     assert setup.token_counts is not None
     return [
@@ -42,7 +42,7 @@ def _token_map_lines(setup: Setup) -> list[str]:
             setup.token_map,
             embed_dim=dim,
             counts=setup.token_counts,
-            form=head.form,
+            form=head.form if isinstance(head, schema.VQHead) else "product",
             token_bias=head.token_bias,
             token_scale=head.token_scale,
         )

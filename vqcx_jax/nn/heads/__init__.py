@@ -2,6 +2,7 @@
 
 from vqcx_jax.nn.heads.adaptive import AdaptiveHead
 from vqcx_jax.nn.heads.base import Head, Sampler
+from vqcx_jax.nn.heads.class_vq import ClassVQHead
 from vqcx_jax.nn.heads.frequency_order import order_by_frequency
 from vqcx_jax.nn.heads.full import FullHead
 from vqcx_jax.nn.heads.huffman import HuffmanHead
@@ -16,6 +17,7 @@ from vqcx_jax.nn.heads.vq import VQHead
 
 __all__ = [
     "AdaptiveHead",
+    "ClassVQHead",
     "FullHead",
     "Head",
     "HuffmanHead",

@@ -8,10 +8,11 @@ import numpy as np
 from flax import nnx
 
 from vqcx_jax.config import schema
-from vqcx_jax.maps import TokenMap
+from vqcx_jax.maps import TokenClasses, TokenMap
 from vqcx_jax.maps.fixed import contiguous_map
 from vqcx_jax.nn.heads.adaptive import AdaptiveHead
 from vqcx_jax.nn.heads.base import Head
+from vqcx_jax.nn.heads.class_vq import ClassVQHead
 from vqcx_jax.nn.heads.frequency_order import paths_of, ranks_of
 from vqcx_jax.nn.heads.full import FullHead
 from vqcx_jax.nn.heads.huffman import HuffmanHead
@@ -22,7 +23,7 @@ from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
 from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
 from vqcx_jax.nn.heads.vq import VQHead
-from vqcx_jax.ops.codebook import two_level
+from vqcx_jax.ops.codebook import classes, two_level
 from vqcx_jax.ops.hierarchical import path_length
 
 
@@ -50,6 +51,8 @@ def make_head(
             return _hierarchical(config, config.head, token_map, rules, rngs)
         case schema.TwoLevelVQHead():
             return _two_level_vq(config, config.head, token_map, rules, rngs)
+        case schema.ClassVQHead():
+            return _class_vq(config, config.head, token_map, rules, rngs)
         case schema.VQHead():
             return _vq(config, config.head, token_map, rules, rngs)
 
@@ -188,6 +191,41 @@ def _two_level_vq(
         config.embed_dim,
         token_bias=head.token_bias,
         codes=None if token_map.codebooks is None else jnp.asarray(token_map.codebooks[0]),
+        dtype=jnp.dtype(config.dtype),
+        rules=rules,
+        rngs=rngs,
+    )
+
+
+def _class_vq(
+    config: schema.Model,
+    head: schema.ClassVQHead,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
+    vocab_size = config.known_vocab_size()
+    num_classes, num_frequent, num_ranks = head.sizes(vocab_size)
+    if token_map is None:
+        token_map = _placeholder(vocab_size, head.codes())
+    of_classes = token_map.classes
+    if of_classes is None:
+        rest = contiguous_map(vocab_size - num_frequent, num_classes)[:, 0]
+        class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
+        of_classes = TokenClasses(class_of, np.zeros((num_classes, head.num_codebooks), np.int32))
+    scale = token_map.scale
+    if scale is not None and of_classes.scale is not None:
+        scale = np.append(scale, of_classes.scale)
+    codebooks = token_map.codebooks
+    return ClassVQHead(
+        classes.classes(of_classes.of_token, num_classes, num_ranks),
+        jnp.asarray(np.append(token_map.codes, of_classes.codes, axis=0)),
+        head.num_codes,
+        config.embed_dim,
+        token_bias=head.token_bias,
+        token_scale=head.token_scale,
+        codebooks=None if codebooks is None else jnp.stack(codebooks),
+        scale=_array(scale),
         dtype=jnp.dtype(config.dtype),
         rules=rules,
         rngs=rngs,

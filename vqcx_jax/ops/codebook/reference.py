@@ -102,3 +102,37 @@ def two_level_log_probs(
     same_code_VxV = code_of[:, None] == code_of
     z_of_code = jax.nn.logsumexp(jnp.where(same_code_VxV, z[..., None, :], -jnp.inf), axis=-1)
     return log_p_code[..., code_of] + z - z_of_code
+
+
+def class_log_probs(
+    h: jax.Array,
+    codebooks: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    class_of: jax.Array,
+) -> jax.Array:
+    """Log p(v | h), p(v | h) = p(class of v | h) p(v | its class, h) unless v is frequent.
+
+    See `classes`. Every vector is written out, and every class is summed over the vocabulary.
+
+    Args:
+        h: (..., D). codebooks: (M, K, D / M). codes: int (V + C, M). scale, bias: (V + C,).
+        class_of: int (V,); -1: frequent.
+
+    Returns:
+        (..., V).
+    """
+    vocab_size = len(class_of)
+    rows = [codebook[codes[:, m]] for m, codebook in enumerate(codebooks)]
+    z = h @ (scale[:, None] * jnp.concatenate(rows, axis=-1)).T + bias
+    is_frequent = class_of < 0
+    is_entry = jnp.concatenate([is_frequent, jnp.ones(len(codes) - vocab_size, bool)])
+    log_z = jax.nn.logsumexp(jnp.where(is_entry, z, -jnp.inf), axis=-1, keepdims=True)
+    of_token = z[..., :vocab_size]
+    same_class_VxV = class_of[:, None] == class_of
+    z_of_class = jax.nn.logsumexp(
+        jnp.where(same_class_VxV, of_token[..., None, :], -jnp.inf), axis=-1
+    )
+    of_class = z[..., vocab_size + jnp.maximum(class_of, 0)]
+    return jnp.where(is_frequent, of_token, of_class + of_token - z_of_class) - log_z

@@ -1,0 +1,112 @@
+"""The head of product codes in classes: the interface of every head, and its own sampler."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from flax import nnx
+
+from vqcx_jax import sharding
+from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn import functional
+from vqcx_jax.nn.heads import ClassVQHead
+from vqcx_jax.ops.codebook import classes
+
+V, C, M, K, D = 24, 4, 2, 5, 8
+# Five tokens are frequent; the others are in four classes.
+CLASS_OF = np.random.default_rng(0).permutation(np.append(np.full(5, -1), np.arange(19) % C))
+CODES = jnp.asarray(np.random.default_rng(1).integers(K, size=(V + C, M)), jnp.int32)
+
+
+def make_head(
+    token_bias: bool = True, token_scale: bool = True, rules: ShardingRules | None = None
+) -> Any:
+    options = {"token_bias": token_bias, "token_scale": token_scale}
+    tokens = classes.classes(CLASS_OF, C)
+    head = ClassVQHead(tokens, CODES, K, D, rules=rules, rngs=nnx.Rngs(0), **options)
+    graphdef, params, buffers = functional.split(head)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+    return nnx.merge(graphdef, params, buffers)
+
+
+@pytest.fixture(scope="module")
+def h() -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (4, 6, D))
+
+
+@pytest.mark.parametrize(("token_bias", "token_scale"), [(True, True), (False, False)])
+def test_nll_and_top_k_are_those_of_the_logits(
+    token_bias: bool, token_scale: bool, h: jax.Array
+) -> None:
+    head = make_head(token_bias, token_scale)
+    targets = jnp.arange(24).reshape(4, 6)
+    (nll, log_z), z, (log_probs, tokens) = jax.jit(
+        lambda head, h: (head.nll(h, targets), head.logits(h), head.top_k(h, 5))
+    )(head, h)
+    assert not np.any(log_z)
+    chex.assert_trees_all_close(scipy.special.logsumexp(np.float64(z), axis=-1), 0, atol=1e-5)
+    expected = -np.take_along_axis(np.asarray(z), np.asarray(targets)[..., None], axis=-1)[..., 0]
+    chex.assert_trees_all_close(nll, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(tokens, jax.lax.top_k(z, 5)[1])
+    chex.assert_trees_all_close(log_probs, jax.lax.top_k(z, 5)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"top_k": 4}], ids=str)
+def test_samples(options: dict[str, Any], h: jax.Array) -> None:
+    head, row = make_head(), h[:1, :1]
+    rows = jnp.broadcast_to(row, (20, 500, D))
+    tokens = jax.jit(lambda head: head.sample(rows, jax.random.key(0), **options))(head)
+    p = scipy.special.softmax(np.float64(head.logits(row)[0, 0]) / options.get("temperature", 1))
+    p[np.argsort(-p)[options.get("top_k", V) :]] = 0
+    counts = np.bincount(tokens.ravel(), minlength=V)
+    assert not counts[p == 0].any()
+    # A right sampler fails once in 10^4; rare tokens count together.
+    rare = p < 1e-3
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = 10_000 * np.append(p[~rare], p[rare].sum()) / p.sum()
+    keep = expected > 0
+    assert scipy.stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    head, targets, rules = make_head(), jnp.arange(24).reshape(4, 6), ShardingRules()
+    graphdef, params, buffers = functional.split(head)
+
+    @jax.jit
+    def loss_and_gradients(params: Any, buffers: Any, h: jax.Array, targets: jax.Array) -> Any:
+        def loss(params: Any, h: jax.Array) -> jax.Array:
+            return jnp.sum(nnx.merge(graphdef, params, buffers).nll(h, targets)[0])
+
+        return jax.value_and_grad(loss, (0, 1))(params, h)
+
+    expected = loss_and_gradients(params, buffers, h, targets)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((params, buffers), functional.shardings(head, mesh, rules))
+        batch = jax.device_put(
+            (h, targets),
+            (
+                sharding.named_sharding(mesh, ("batch", None, None), rules),
+                sharding.named_sharding(mesh, ("batch", None), rules),
+            ),
+        )
+        actual = loss_and_gradients(*arrays, *batch)
+    chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    tokens, rngs = classes.classes(CLASS_OF, C), nnx.Rngs(0)
+    with pytest.raises(UserError, match=r"assignment has shape \(24, 2\): must have 28 rows"):
+        ClassVQHead(tokens, CODES[:V], K, D, rngs=rngs)
+    with pytest.raises(UserError, match="dim=7: must be a multiple of the 2 codebooks"):
+        ClassVQHead(tokens, CODES, K, 7, rngs=rngs)
+    with pytest.raises(UserError, match="4"):
+        ClassVQHead(tokens, CODES, K - 1, D, rngs=rngs)

@@ -1,0 +1,148 @@
+"""Product codes in classes against their definition in float64."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops.codebook import classes, reference
+
+V, C, M, K, D = 103, 9, 3, 5, 6
+
+
+def class_of() -> np.ndarray:
+    """Class 8 has one token; ten tokens are frequent."""
+    rng = np.random.default_rng(0)
+    found = np.append(np.arange(8), rng.integers(8, size=V - 8)).astype(np.int32)
+    found[rng.choice(np.arange(8, V), 10, replace=False)] = -1
+    found[50] = 8
+    return found
+
+
+CLASSES = classes.classes(class_of(), C)
+
+
+def make(dtype: Any, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    weights = classes.Weights(
+        normal(M, K, D // M).astype(dtype),
+        jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32),
+        normal(V + C) if scale else None,
+        normal(V + C) if bias else None,
+    )
+    h = normal(5, 23, D).astype(dtype)
+    targets = jnp.asarray(rng.permutation(5 * 23) % V).reshape(5, 23)
+    return h, weights, targets
+
+
+def of_definition(h: Any, weights: Any, targets: Any) -> Any:
+    scale = jnp.ones(V + C, h.dtype) if weights.scale is None else weights.scale
+    bias = jnp.zeros(V + C, h.dtype) if weights.bias is None else weights.bias
+    log_p = reference.class_log_probs(
+        h, weights.codebooks, weights.codes, scale, bias, jnp.asarray(class_of())
+    )
+    return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], log_p
+
+
+def fast(h: Any, weights: Any, targets: Any) -> Any:
+    nll = classes.nll(h, weights, CLASSES, targets)
+    return nll, classes.log_probs(h, weights, CLASSES)
+
+
+def gradients(function: Any, result: int) -> Any:
+    def run(h: Any, weights: Any, targets: Any) -> Any:
+        def loss(h: Any, codebooks: Any, scale: Any, bias: Any) -> Any:
+            replaced = classes.Weights(codebooks, weights.codes, scale, bias)
+            return jnp.sum(jnp.sin(function(h, replaced, targets)[result]))
+
+        return jax.grad(loss, (0, 1, 2, 3))(h, weights.codebooks, weights.scale, weights.bias)
+
+    return run
+
+
+def test_classes_can_be_read_in_all_directions() -> None:
+    entries, entry_of, members, rank_of = map(np.asarray, CLASSES)
+    nodes = entries[entry_of]
+    is_frequent = class_of() < 0
+    np.testing.assert_array_equal(nodes[is_frequent], np.flatnonzero(is_frequent))
+    np.testing.assert_array_equal(nodes[~is_frequent] - V, class_of()[~is_frequent])
+    in_class = members[class_of()[~is_frequent], rank_of[~is_frequent]]
+    np.testing.assert_array_equal(in_class, np.flatnonzero(~is_frequent))
+    assert np.sum(members >= 0) == V - 10
+    assert classes.num_frequent(CLASSES) == 10
+
+
+@pytest.mark.parametrize(
+    ("class_of", "options", "message"),
+    [
+        ([0, 2, -1], {}, "class_of: class 1 has no token"),
+        ([0, 1, 3], {}, r"class_of: must be in \[-1, 3\)"),
+        ([-2, 0, 1, 2], {}, r"class_of: must be in \[-1, 3\)"),
+        ([0, 1, 2, 2], {"num_ranks": 1}, "num_ranks=1: must be at least 2, the largest class"),
+    ],
+)
+def test_wrong_classes(class_of: list[int], options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        classes.classes(np.asarray(class_of), 3, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [True, False])
+def test_equals_the_definition(
+    scale: bool, bias: bool, dtype: Any, in_float64: Any, max_error: Any
+) -> None:
+    inputs = make(dtype, bias, scale)
+    values = jax.jit(fast)(*inputs)
+    expected = in_float64(of_definition, *inputs)
+    # Scaled vectors of the first level are rounded to bfloat16, 2^-8 of products up to 20.
+    atol = 0.1 if dtype == jnp.bfloat16 else 1e-5
+    chex.assert_trees_all_close(values, expected, rtol=1e-5, atol=atol)
+    for result in (0, 1):
+        actual = jax.jit(gradients(fast, result))(*inputs)
+        true = in_float64(gradients(of_definition, result), *inputs)
+        for a, t in zip(jax.tree.leaves(actual), jax.tree.leaves(true), strict=True):
+            assert max_error(a, t) <= (3 * 2.0**-7 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_probabilities_add_up() -> None:
+    h, weights, _ = make(jnp.float32)
+    total = np.exp(np.float64(classes.log_probs(h, weights, CLASSES))).sum(axis=-1)
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+def test_a_loss_of_nan_is_not_hidden() -> None:
+    h, weights, targets = make(jnp.float32)
+    nll = classes.nll(h.at[0].set(jnp.nan), weights, CLASSES, targets)
+    assert np.all(np.isnan(nll[0]))
+    assert np.all(np.isfinite(nll[1:]))
+
+
+def test_work_does_not_grow_with_the_vocabulary() -> None:
+    """Nothing in the loss and its gradients has a column, or a row of D numbers, per token."""
+    vocab_size, num_classes, dim, positions = 20_000, 500, 64, 32
+    of_token = np.arange(vocab_size, dtype=np.int32) % num_classes
+    tokens = classes.classes(of_token, num_classes)
+    weights = classes.Weights(
+        jnp.ones((8, 16, dim // 8)),
+        jnp.zeros((vocab_size + num_classes, 8), jnp.int32),
+        jnp.ones(vocab_size + num_classes),
+        jnp.zeros(vocab_size + num_classes),
+    )
+
+    def loss(h: Any, codebooks: Any, tokens: Any, targets: Any) -> Any:
+        replaced = weights._replace(codebooks=codebooks)
+        return jnp.sum(classes.nll(h, replaced, tokens, targets))
+
+    h, targets = jnp.ones((positions, dim)), jnp.arange(positions)
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(h, weights.codebooks, tokens, targets)
+    temporary = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * vocab_size * positions

@@ -1,0 +1,121 @@
+"""VQ-Logits with product codes in classes: no sum over the vocabulary."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn.heads.base import Sampler
+from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
+from vqcx_jax.nn.variables import buffer, param
+from vqcx_jax.ops import sampling
+from vqcx_jax.ops.codebook import check_codes, classes
+
+
+class ClassVQHead(NormalizedHead):
+    """p(token | h) = p(class | h) p(token | class, h), see `ops.codebook.classes`.
+
+    Args:
+        tokens: which tokens are frequent and which are in a class, from `codebook.classes.classes`.
+        assignment: int (V + C, M), codes of all tokens, then of all classes, in [0, num_codes).
+        num_codes: K.
+        token_scale: train a factor for each token and each class.
+        codebooks: float32 (M, K, D / M) to start from, or None for random.
+        scale: float32 (V + C,) to start from, or None for ones.
+
+    Raises:
+        UserError: shapes that do not fit, or codes outside [0, num_codes).
+    """
+
+    def __init__(
+        self,
+        tokens: classes.Classes,
+        assignment: jax.Array,
+        num_codes: int,
+        dim: int,
+        *,
+        token_bias: bool = True,
+        token_scale: bool = False,
+        codebooks: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rules: ShardingRules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        vocab_size, num_nodes = len(tokens.entry_of), len(tokens.entry_of) + len(tokens.members)
+        if len(assignment) != num_nodes:
+            raise UserError(
+                f"assignment has shape {assignment.shape}: must have {num_nodes} rows, for "
+                f"{vocab_size} tokens and {len(tokens.members)} classes"
+            )
+        check_codes(assignment, num_codes)
+        num_codebooks = assignment.shape[1]
+        if dim % num_codebooks:
+            raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
+        if codebooks is None:
+            shape = (num_codebooks, num_codes, dim // num_codebooks)
+            codebooks = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.codebooks = param(codebooks, (None, "codes", None))
+        if token_bias:
+            self.bias = param(jnp.zeros((num_nodes,), jnp.float32), (None,), decay=False)
+        if token_scale:
+            scale = jnp.ones((num_nodes,), jnp.float32) if scale is None else scale
+            self.scale = param(scale, (None,), decay=False)
+        self.assignment = buffer(jnp.asarray(assignment, jnp.int32), (None, None))
+        self.entries = buffer(tokens.entries, (None,))
+        self.entry_of = buffer(tokens.entry_of, (None,))
+        self.members = buffer(tokens.members, (None, None))
+        self.rank_of = buffer(tokens.rank_of, (None,))
+        self.has_bias = token_bias
+        self.has_scale = token_scale
+        self.vocab_size = vocab_size
+        self.dtype = dtype
+        self.rules = rules or ShardingRules()
+
+    def sampler(
+        self,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_k: int | None = None,
+        top_p: float | jax.Array | None = None,
+    ) -> Sampler:
+        """See `Head.sampler`. No V logits at temperature 1 without top-k and top-p.
+
+        A product of two tempered softmaxes is not the tempered softmax of the product: everything
+        else goes by V logits.
+        """
+        is_plain = isinstance(temperature, float | int) and temperature == 1
+        if not is_plain or top_k is not None or top_p is not None:
+            return super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        weights, tokens = self._arrays()
+        num_frequent = classes.num_frequent(tokens)
+
+        def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+            entry_key, member_key = jax.random.split(key)
+            entry = sampling.sample(classes.entry_logits(h_BxTxD, weights, tokens), entry_key)
+            class_ = jnp.maximum(entry - num_frequent, 0)
+            member_logits = classes.member_logits(h_BxTxD, weights, tokens, class_)
+            member = tokens.members[class_, sampling.sample(member_logits, member_key)]
+            return jnp.where(entry < num_frequent, tokens.entries[entry], member)
+
+        return sample
+
+    def _arrays(self) -> tuple[classes.Weights, classes.Classes]:
+        weights = classes.Weights(
+            whole(self.codebooks, self.rules, self.dtype),
+            self.assignment[...],
+            self.scale[...] if self.has_scale else None,
+            self.bias[...] if self.has_bias else None,
+        )
+        buffers = (self.entries, self.entry_of, self.members, self.rank_of)
+        return weights, classes.Classes(*(x[...] for x in buffers))
+
+    def _nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: Any) -> jax.Array:
+        weights, tokens = arrays
+        return classes.nll(h_BxTxD, weights, tokens, tokens_BxT)
+
+    def _log_probs(self, h_BxTxD: jax.Array, arrays: Any) -> jax.Array:
+        return classes.log_probs(h_BxTxD, *arrays)
