@@ -38,6 +38,16 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             f"product {num_codebooks}{', scale' if scale else ''}",
         )
 
+    own_additive = Variant(
+        {
+            **FILE,
+            **CENTROIDS,
+            "model.head.num_codes": quarter,
+            "model.head.num_codebooks": 2,
+            "model.head.num_own_tokens": half,
+        },
+        "own, residual 2",
+    )
     num_classes = _classes(num_codes)
     by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
     k_means = {**FILE, "model.head.num_codes": num_codes}
@@ -55,6 +65,11 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             },
             "product 16, scale, classes",
         ),
+        "full, from co-occurrence and counts": from_counts(
+            Variant({**FULL, "model.head.start": "cooccurrence"})
+        ),
+        "product 16, from counts": from_counts(product(16)),
+        "own + additive 2, from counts": from_counts(own_additive),
         "full, from co-occurrence": Variant({**FULL, "model.head.start": "cooccurrence"}),
         "VQ by frequency": Variant(by_frequency),
         "VQ by k-means": Variant({**k_means, **CENTROIDS}, "k-means"),
@@ -67,16 +82,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             },
             "residual 2",
         ),
-        "own + additive 2": Variant(
-            {
-                **FILE,
-                **CENTROIDS,
-                "model.head.num_codes": quarter,
-                "model.head.num_codebooks": 2,
-                "model.head.num_own_tokens": half,
-            },
-            "own, residual 2",
-        ),
+        "own + additive 2": own_additive,
         "low rank, D / 16": Variant(
             {"model.head.kind": "low_rank", "model.head.rank": dim // 16, **BIAS}
         ),
@@ -164,6 +170,13 @@ def learned(variant: Variant) -> Variant:
     """With codes chosen among the four nearest, while training."""
     return dataclasses.replace(
         variant, overrides={**variant.overrides, "model.head.learned_candidates": 4}
+    )
+
+
+def from_counts(variant: Variant) -> Variant:
+    """With token biases that start at the logarithms of the tokens' shares of the text."""
+    return dataclasses.replace(
+        variant, overrides={**variant.overrides, "model.head.bias_init": "counts"}
     )
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from vqcx_jax.config import Config, apply_overrides, validate
+from vqcx_jax.config import Config, apply_overrides, schema, validate
 from vqcx_jax.errors import ConfigError
 
 FROM_FILE = {"model.head.assignment": "file", "model.head.token_map": "map.npz"}
 TWO_RANDOM = {"model.head.num_codebooks": "2", "model.head.assignment": "random"}
 OWN_500 = {"model.head.num_own_tokens": "500"}
+CLASSES = {"model.head.kind": "class_vq", "model.head.num_codes": "256"}
 TFDS = {"data.dataset.kind": "tfds"}
 TENSOR_4 = {"mesh.data": "1", "mesh.tensor": "4"}
 FSDP_4 = {"mesh.data": "1", "mesh.fsdp": "4"}
@@ -42,6 +43,13 @@ def make(**overrides: str) -> Config:
         ({"model.head.kind": "low_rank", "model.head.rank": "256"}, 1),
         ({"model.head.kind": "adaptive", "model.vocab_size": "2049"}, 1),
         ({"model.head.kind": "hierarchical", "model.vocab_size": "7"}, 1),
+        (CLASSES, 1),
+        (CLASSES | {"model.vocab_size": "259", "model.head.num_frequent": "0"}, 1),
+        # A size that is not given makes room.
+        (CLASSES | {"model.vocab_size": "259", "model.head.num_frequent": "258"}, 1),
+        (CLASSES | {"model.vocab_size": "259", "model.head.num_classes": "259"}, 1),
+        (CLASSES | FROM_FILE, 1),
+        (CLASSES | {"model.head.assignment": "random"}, 1),
         ({"optimizer.schedule": "constant", "train.steps": "10"}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": "240"}, 1),
         ({"train.grad_accumulation": "4"}, 4),
@@ -172,6 +180,58 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             None,
             ["train.z_loss=0.1: has no effect on model.head.kind='hierarchical'"],
         ),
+        (
+            CLASSES | {"model.vocab_size": "300", "model.head.num_frequent": "300"},
+            None,
+            ["model.head.num_frequent=300: must be less than model.vocab_size=300"],
+        ),
+        (
+            CLASSES | {"model.vocab_size": "300", "model.head.num_classes": "301"},
+            None,
+            ["model.head.num_classes=301: must be at most model.vocab_size=300 less"],
+        ),
+        (
+            CLASSES
+            | {"model.vocab_size": "300"}
+            | {"model.head.num_classes": "201", "model.head.num_frequent": "100"},
+            None,
+            ["model.head.num_classes=201: must be at most", "300 less model.head.num_frequent=100"],
+        ),
+        (
+            CLASSES | {"model.vocab_size": "255"},
+            None,
+            ["model.head.num_codes=256: must be at most model.vocab_size=255"],
+        ),
+        (
+            CLASSES | {"model.head.num_codebooks": "7"},
+            None,
+            ["model.head.num_codebooks=7: must divide model.embed_dim=256"],
+        ),
+        (
+            CLASSES | {"train.z_loss": "0.1"},
+            None,
+            ["train.z_loss=0.1: has no effect on model.head.kind='class_vq'", "must be 0"],
+        ),
+        (
+            CLASSES | {"model.head.token_map": "map.npz"},
+            None,
+            ["model.head.token_map='map.npz': needs assignment='file'", "='cooccurrence'"],
+        ),
+        (
+            CLASSES | {"model.head.assignment": "file"},
+            None,
+            ["model.head.token_map=None: must be a file of `python -m vqcx_jax.maps`"],
+        ),
+        (
+            CLASSES | {"model.head.assignment": "random", "model.head.code_init": "centroids"},
+            None,
+            ["model.head.code_init='centroids': needs assignment='cooccurrence' or 'file'"],
+        ),
+        (
+            CLASSES | {"model.head.assignment": "frequency"},
+            None,
+            ["model.head.assignment='frequency': must be 'random', 'cooccurrence' or 'file'"],
+        ),
         ({"data.dataset.kind": "text_files"}, None, ["data.dataset.path='': must be a file"]),
         (TFDS, None, ["data.dataset.name=None: exactly one of", "data.dataset.path=None"]),
         (
@@ -235,6 +295,18 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             4,
             ["model.head.num_codes=510: must be divisible by 4, the devices of sharding.codes"],
         ),
+        (
+            TENSOR_4 | CLASSES | {"sharding.codes": "tensor", "model.head.num_codes": "254"},
+            4,
+            ["model.head.num_codes=254: must be divisible by 4, the devices of sharding.codes"],
+        ),
+        (
+            TENSOR_4
+            | {"sharding.codes": "tensor"}
+            | {"model.head.kind": "two_level_vq", "model.head.num_codes": "126"},
+            4,
+            ["model.head.num_codes=126: must be divisible by 4, the devices of sharding.codes"],
+        ),
         ({"mesh.data": "2"}, 8, ["mesh.data=2", "8"]),
         ({"mesh.data": "0"}, None, ["mesh.data=0: must be at least 1"]),
         ({"mesh.fsdp": "-1"}, None, ["mesh.fsdp=-1: only one axis may be -1"]),
@@ -247,3 +319,28 @@ def test_messages(overrides: dict[str, str], device_count: int | None, parts: li
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"num_classes": 1}, {"num_frequent": 0}, {"num_frequent": 1}], ids=str
+)
+def test_classes_divide_every_vocabulary(given: dict[str, int]) -> None:
+    for vocab_size in [*range(2, 130), 259, 1000, 50_000]:
+        head = schema.ClassVQHead(num_codes=1, **given)
+        num_classes, num_frequent, num_ranks = head.sizes(vocab_size)
+        assert num_classes >= 1 and num_frequent >= 0
+        in_classes = vocab_size - num_frequent
+        assert num_classes <= in_classes <= num_classes * num_ranks
+        assert in_classes > num_classes * (num_ranks - 1)
+        config = Config(model=schema.Model(vocab_size=vocab_size, head=head))
+        assert validate(config) is config
+
+
+def test_usual_classes() -> None:
+    assert schema.ClassVQHead().sizes(10_000) == (400, 400, 24)
+    assert schema.ClassVQHead(num_classes=100).sizes(10_000) == (100, 400, 96)
+    assert schema.ClassVQHead(num_frequent=0).sizes(10_000) == (400, 0, 25)
+    assert schema.ClassVQHead().sizes(7) == (3, 3, 2)
+    assert schema.ClassVQHead().sizes(1) == (1, 0, 1)
+    assert schema.ClassVQHead(num_classes=7).sizes(7) == (7, 0, 1)
+    assert schema.ClassVQHead(num_frequent=6).sizes(7) == (1, 6, 1)

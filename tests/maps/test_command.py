@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config
@@ -14,6 +15,7 @@ import vqcx_jax
 from vqcx_jax import cli
 from vqcx_jax.config import apply_overrides, to_json
 from vqcx_jax.maps import TokenMap, __main__
+from vqcx_jax.nn.build import build_model
 from vqcx_jax.training.setup import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,8 @@ PRODUCT = ["--method=product", "--num_codebooks=4", "--num_codes=8"]
         ["--method=kmeans", "--num_codes=20", "--window=2"],
         ["--method=residual", "--num_codebooks=2", "--num_codes=8", "--own=4", "--balanced=true"],
         [*PRODUCT, "--scale=true", "--rotate=true", "--unique=true", "--seed=3"],
+        [*PRODUCT, "--scale=true", "--classes=9", "--frequent=5"],
+        [*PRODUCT, "--classes=9"],
     ],
 )
 def test_the_printed_command_trains_on_the_map(
@@ -65,6 +69,7 @@ def test_the_printed_command_trains_on_the_map(
     token_map, _ = command(monkeypatch, config_file, *arguments)
     out = capsys.readouterr().out
     assert out.startswith("codes ") and "\nvectors " in out and "\nusage " in out
+    assert ("--classes=9" in arguments) == ("\nclasses  9 of at most " in out)
     argv = next_command(out)
     assert argv[:3] == ["python", "train.py", f"--config={config_file}"]
     overrides = [tuple(a.removeprefix("--config.").split("=", 1)) for a in argv[3:]]
@@ -75,6 +80,14 @@ def test_the_printed_command_trains_on_the_map(
     np.testing.assert_array_equal(used.codebooks, token_map.codebooks)
     assert ("--scale=true" in arguments) == (used.scale is not None)
     assert ("--own=4" in arguments) == (used.own_vectors is not None)
+    assert ("--classes=9" in arguments) == (used.classes is not None)
+    if used.classes is not None:
+        assert token_map.classes is not None
+        np.testing.assert_array_equal(used.classes.of_token, token_map.classes.of_token)
+        np.testing.assert_array_equal(used.classes.codes, token_map.classes.codes)
+        np.testing.assert_array_equal(used.classes.scale, token_map.classes.scale)
+        assert np.sum(used.classes.of_token < 0) == (5 if "--frequent=5" in arguments else 0)
+    build_model(setup.config, used, jax.random.key(0))
 
 
 def test_provenance(
@@ -140,6 +153,15 @@ def test_vectors_from_a_file_and_from_a_run(
         (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere'"),
         (["--num_codes=8", "--num_codebooks=2", "--unique=true"], "num_codes=8, num_codebooks=2"),
         (["--num_codes=100"], "num_codes=100: must be at most "),
+        (
+            ["--classes=300"],
+            "model.head.num_classes=300: must be at most model.vocab_size=264 less",
+        ),
+        (["--classes=3", "--frequent=264"], "model.head.num_frequent=264: must be less than model"),
+        (["--classes=3", "--num_codes=8", "--own=2"], "own=2: must be 0 with classes=3"),
+        (["--classes=3", "--method=residual"], "classes=3: needs method='product', not 'residual'"),
+        (["--num_codes=8", "--frequent=3"], "frequent=3: needs classes of 1 or more"),
+        (["--classes=3", "--config.train.z_loss=0.1"], "train.z_loss=0.1: has no effect on"),
     ],
 )
 def test_mistakes(

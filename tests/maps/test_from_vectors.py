@@ -86,6 +86,8 @@ def test_provenance_has_every_option() -> None:
         "unique": False,
         "balanced": False,
         "rotate": False,
+        "classes": 0,
+        "frequent": 0,
     }
 
 
@@ -185,9 +187,45 @@ def test_balanced() -> None:
     assert np.bincount(free.codes[free.coded_tokens(), 0]).max() > 19
 
 
+@pytest.mark.parametrize("scale", [False, True])
+def test_classes_are_of_the_less_frequent_tokens(scale: bool) -> None:
+    options: dict[str, Any] = {"method": "product", "scale": scale, "rotate": True}
+    token_map = make(classes=12, frequent=40, **options)
+    assert token_map.classes is not None
+    order = np.lexsort((np.arange(VOCAB), -COUNTS))
+    np.testing.assert_array_equal(token_map.classes.of_token[order[:40]], -1)
+    sizes = np.bincount(token_map.classes.of_token[order[40:]])
+    assert len(sizes) == 12 and sizes.min() > 0 and sizes.max() <= 22  # ceil(260 / 12)
+    assert token_map.classes.codes.shape == (12, 2)
+    assert (token_map.classes.scale is not None) == scale
+    assert token_map.provenance["options"]["classes"] == 12
+    assert token_map.provenance["options"]["frequent"] == 40
+    # Codes are what they would be without.
+    plain = make(**options)
+    np.testing.assert_array_equal(token_map.codes, plain.codes)
+    assert plain.classes is None
+
+
+def test_frequent_tokens_pull_their_class() -> None:
+    """A class has the codes that come nearest to the mean of its tokens, weighted by counts."""
+    token_map = make("product", classes=3, power=1.0)
+    assert token_map.classes is not None and token_map.codebooks is not None
+    rows = approximations(token_map)
+    weights = np.maximum(COUNTS, 1)
+    for class_, codes in enumerate(token_map.classes.codes):
+        members = token_map.classes.of_token == class_
+        mean = np.average(rows[members], axis=0, weights=weights[members])
+        for code, book, part in zip(codes, token_map.codebooks, np.split(mean, 2), strict=True):
+            assert code == np.argmin(np.sum((book - part) ** 2, axis=1))
+
+
 def test_same_seed_same_map() -> None:
     first, again = make("product", rotate=True), make("product", rotate=True)
     np.testing.assert_array_equal(first.codes, again.codes)
+    classes, classes_again = (make("product", classes=9).classes for _ in range(2))
+    assert classes is not None and classes_again is not None
+    np.testing.assert_array_equal(classes.of_token, classes_again.of_token)
+    np.testing.assert_array_equal(classes.codes, classes_again.codes)
     other = map_from_vectors(
         VECTORS, COUNTS, Options(method="product", num_codes=16, num_codebooks=2, rotate=True), 1
     )
@@ -203,11 +241,24 @@ def test_same_seed_same_map() -> None:
         ({"num_codes": 301}, "num_codes=301: must be at most 300, the 300 tokens without the own"),
         ({"own": 290}, "num_codes=16: must be at most 10, the 300 tokens without the own=290"),
         ({"own": 301}, "num_codes=16: must be at most 0, "),
+        ({"classes": 9}, "classes=9: needs method='product', not 'residual'"),
+        ({"method": "kmeans", "classes": 9}, "classes=9: needs method='product', not 'kmeans'"),
+        ({"method": "product", "classes": 9, "own": 2}, "own=2: must be 0 with classes=9"),
+        ({"method": "product", "frequent": 9}, "frequent=9: needs classes of 1 or more"),
+        (
+            {"method": "product", "classes": 271, "frequent": 30},
+            "classes=271: must be at most 270, the 300 tokens without the frequent=30 most",
+        ),
+        (
+            {"method": "product", "classes": 1, "frequent": 301},
+            "classes=1: must be at most 0, the 300 tokens without the frequent=301",
+        ),
     ],
 )
 def test_messages(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ConfigError, DataError), match=f"^{message}"):
+    with pytest.raises((ConfigError, DataError), match=f"^{message}") as caught:
         make(**options)
+    assert "\n" not in str(caught.value)
 
 
 def test_counts_must_fit() -> None:

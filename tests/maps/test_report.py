@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vqcx_jax.maps import TokenMap, describe
+from vqcx_jax.maps import TokenClasses, TokenMap, describe
 from vqcx_jax.maps.report import (
     code_bits,
     code_bytes,
@@ -24,6 +24,14 @@ MAP = TokenMap(
     own_tokens=np.asarray([5], np.int32),
 )
 COUNTS = np.asarray([3, 1, 2, 2, 0, 8])
+# Token 0 is in no class; 1 and 5 are in the same one and share both codes.
+IN_CLASSES = TokenMap(
+    MAP.codes,
+    MAP.num_codes,
+    classes=TokenClasses(
+        np.asarray([-1, 0, 0, 1, 1, 0], np.int32), np.asarray([[0, 0], [1, 1]], np.int32)
+    ),
+)
 
 
 def test_codes() -> None:
@@ -102,9 +110,29 @@ def test_scalars_of_tokens(bias: bool, scale: bool, scalars: int) -> None:
     text = describe(
         MAP, embed_dim=8, counts=COUNTS, form="product", token_bias=bias, token_scale=scale
     )
-    assert f"; {(36 + scalars) / 48:.2%} with {scalars} token biases and scales" in text
+    assert f"; {(36 + scalars) / 48:.2%} with {scalars} biases and scales" in text
     assert f"3 of codes and {2 * (36 + scalars)} of bfloat16 parameters" in text
     assert "floor" not in text  # Ties are broken.
+
+
+def test_classes_tell_tokens_apart() -> None:
+    assert distinct_tuples(IN_CLASSES) == 5
+    np.testing.assert_array_equal(tuple_sizes(IN_CLASSES), [1, 2, 1, 1, 1, 2])
+    assert perplexity_floor(IN_CLASSES, COUNTS) == pytest.approx(2 ** (9 / 16))
+
+
+@pytest.mark.parametrize(("bias", "scale", "scalars"), [(True, False, 8), (True, True, 16)])
+def test_classes_have_codes_and_scalars_too(bias: bool, scale: bool, scalars: int) -> None:
+    # 6 + 2 tuples of 4 bits, and 6 times one of 2 classes or none.
+    assert code_bytes(IN_CLASSES) == math.ceil((8 * 4 + 6 * 2) / 8)
+    text = describe(
+        IN_CLASSES, embed_dim=8, counts=COUNTS, form="product", token_bias=bias, token_scale=scale
+    )
+    codes, vectors, num_bytes, usage, classes = text.splitlines()
+    assert "5 different ones for 6 tokens" in codes
+    assert vectors.endswith(f"; {(28 + scalars) / 48:.2%} with {scalars} biases and scales")
+    assert f" 6 of codes and {2 * (28 + scalars)} of bfloat16 parameters" in num_bytes
+    assert classes == "classes  2 of at most 3 tokens, beside 1 frequent ones"
 
 
 def test_equal_codebooks_are_named_once() -> None:

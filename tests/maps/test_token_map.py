@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from vqcx_jax.errors import DataError
-from vqcx_jax.maps import TokenMap
+from vqcx_jax.maps import TokenClasses, TokenMap
 
 RNG = np.random.default_rng(0)
 CODES = np.stack([np.arange(12) % 3, np.arange(12) % 5], axis=1).astype(np.int32)
+CLASSES = TokenClasses(
+    of_token=np.asarray([-1, 0, 1, 2, 0, 0, 1, -1, 1, 2, 0, 2], np.int32),
+    codes=np.asarray([[0, 4], [2, 0], [1, 3]], np.int32),
+    scale=np.asarray([0.5, 2, 1], np.float32),
+)
 FULL = TokenMap(
     CODES,
     (3, 5),
@@ -20,6 +25,7 @@ FULL = TokenMap(
     scale=RNG.random(12).astype(np.float32),
     own_tokens=np.asarray([7, 2], np.int32),
     own_vectors=RNG.standard_normal((2, 8)).astype(np.float32),
+    classes=CLASSES,
     provenance={"tokenizer": "abc", "options": {"power": 0.5}, "note": "été"},
 )
 NOT_FINITE = np.full(12, np.nan, np.float32)
@@ -57,7 +63,52 @@ def test_fields_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def with_classes(**changes: Any) -> dict[str, Any]:
+    return {"classes": dataclasses.replace(CLASSES, **changes)}
+
+
+def classes_of(*classes: int) -> dict[str, Any]:
+    return with_classes(of_token=np.resize(np.asarray(classes, np.int32), 12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (with_classes(of_token=np.arange(12) % 3), r"class_of_token: .* int32 \(12,\), got int64"),
+        (with_classes(of_token=CLASSES.of_token[:11]), r"class_of_token: .*got int32 \(11,\)"),
+        (classes_of(0, 1, 2, 3), r"class_of_token: must be -1 or in \[0, 3\), and no class"),
+        (classes_of(0, 1, 2, -2), r"class_of_token: must be -1 or in \[0, 3\), and no class"),
+        (classes_of(0, 2, -1), r"class_of_token: .*and no class without a token"),
+        (with_classes(codes=CODES.astype(np.int64)), "class_codes: must be int32 of .*got int64"),
+        (with_classes(codes=CODES[:3, :1]), r"class_codes: .*\(num_classes, 2\), .*\(3, 1\)"),
+        (with_classes(codes=CODES[:3, 0]), r"class_codes: .*got int32 \(3,\)"),
+        (with_classes(codes=CODES[:0]), r"class_codes: .* of a class or more, got int32 \(0, 2\)"),
+        (
+            with_classes(codes=CODES[2:5, ::-1]),
+            r"class_codes: must be in \[0, num_codes=\(3, 5\)\)",
+        ),
+        (with_classes(codes=CODES[:3] - 1), r"class_codes: must be in \[0, num_codes=\(3, 5\)\)"),
+        (with_classes(scale=np.ones(3)), r"class_scale: must be float32 \(3,\), got float64"),
+        (with_classes(scale=np.ones(2, np.float32)), r"class_scale: .*got float32 \(2,\)"),
+        (with_classes(scale=NOT_FINITE[:3]), "class_scale: must not contain NaN or infinity"),
+        (with_classes(scale=None), "class_scale: must be there if scale is, and only then"),
+        ({"scale": None}, "class_scale: must be there if scale is, and only then"),
+    ],
+)
+def test_classes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"^{message}") as caught:
+        dataclasses.replace(FULL, **changes)
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- files
+
+
+def same_classes(first: TokenClasses | None, second: TokenClasses | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def same(first: TokenMap, second: TokenMap) -> bool:
@@ -66,13 +117,22 @@ def same(first: TokenMap, second: TokenMap) -> bool:
     plain = ("num_codes", "provenance")
     return (
         all(a.pop(name) == b.pop(name) for name in plain)
+        and same_classes(a.pop("classes"), b.pop("classes"))
         and len(books_a) == len(books_b)
         and all(np.array_equal(x, y) for x, y in zip(books_a, books_b, strict=True))
         and all(np.array_equal(a[name], b[name]) for name in a)
     )
 
 
-@pytest.mark.parametrize("token_map", [FULL, TokenMap(CODES, (3, 5))], ids=["full", "codes"])
+@pytest.mark.parametrize(
+    "token_map",
+    [
+        FULL,
+        TokenMap(CODES, (3, 5)),
+        TokenMap(CODES, (3, 5), classes=dataclasses.replace(CLASSES, scale=None)),
+    ],
+    ids=["full", "codes", "classes"],
+)
 def test_file_holds_everything(tmp_path: Path, token_map: TokenMap) -> None:
     path = tmp_path / "new" / "map.npz"
     token_map.save(path)
@@ -80,6 +140,8 @@ def test_file_holds_everything(tmp_path: Path, token_map: TokenMap) -> None:
     assert same(loaded, token_map)
     assert loaded.codes.dtype == np.int32
     assert not same(loaded, dataclasses.replace(token_map, provenance={}, codes=CODES * 0))
+    other = None if token_map.classes else dataclasses.replace(CLASSES, scale=None)
+    assert not same(loaded, dataclasses.replace(token_map, scale=None, classes=other))
     assert list(path.parent.iterdir()) == [path]  # Nothing temporary is left.
 
 
@@ -142,8 +204,11 @@ def test_damaged_file(tmp_path: Path) -> None:
     FULL.save(path)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        header = archive.getinfo("codebook_0.npy").header_offset
-    for damaged in (whole[:-1], whole[: len(whole) // 2], flip(whole, header + 200)):
+        headers = [
+            archive.getinfo(f"{name}.npy").header_offset for name in ("codebook_0", "class_codes")
+        ]
+    flipped = [flip(whole, header + 200) for header in headers]
+    for damaged in (whole[:-1], whole[: len(whole) // 2], *flipped):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="not a readable .npz file$"):
             TokenMap.load(path)
@@ -164,6 +229,10 @@ def arrays_of(tmp_path: Path) -> dict[str, np.ndarray]:
     [
         ({"codes": None}, "has no array 'codes'$"),
         ({"codebook_1": None}, "has no array 'codebook_1'$"),
+        ({"class_codes": None}, "has no array 'class_codes'$"),
+        ({"class_of_token": None}, "has no array 'class_of_token'$"),
+        ({"class_scale": None}, "class_scale: must be there if scale is"),
+        ({"class_codes": CODES[:2]}, "class_of_token: must be -1 or in"),
         ({"codes": CODES.astype(np.float32)}, "codes, num_codes: must be uint8.*got float32 and"),
         ({"codes": CODES.astype(np.uint64)}, "codes, num_codes: must be uint8.*got uint64 and"),
         ({"codes": CODES.astype(np.uint32) + 2**31}, r"codes of codebook 0: must be in \[0, 3\)"),

@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 
 from vqcx_jax.config import schema
+from vqcx_jax.errors import DataError
 from vqcx_jax.maps import TokenMap, make_map
 from vqcx_jax.nn import functional, heads
 from vqcx_jax.nn.build import abstract_model, build_model
 
 V, D = 29, 16
 PRODUCT: dict[str, Any] = {"form": "product", "num_codebooks": 4, "assignment": "random"}
+CLASSES: dict[str, Any] = {
+    "num_codes": 5,
+    "num_codebooks": 4,
+    "assignment": "random",
+    "code_init": "random",
+}
 CASES: dict[str, tuple[schema.HeadConfig, type]] = {
     "one codebook": (schema.VQHead(num_codes=5), heads.VQHead),
     "own vectors": (schema.VQHead(num_codes=5, num_own_tokens=3), heads.MultiVQHead),
@@ -37,6 +44,17 @@ CASES: dict[str, tuple[schema.HeadConfig, type]] = {
     ),
     "reassigned": (schema.VQHead(num_codes=5, reassign_every=9), heads.ReassignedVQHead),
     "two levels": (schema.TwoLevelVQHead(num_codes=6), heads.TwoLevelVQHead),
+    # 10 classes of the 19 tokens that are not frequent: one has a token less than the others.
+    "classes": (schema.ClassVQHead(**CLASSES), heads.ClassVQHead),
+    # 3 classes of 29 tokens, of 9 or 10.
+    "classes, all tokens": (
+        schema.ClassVQHead(**CLASSES, num_classes=3, num_frequent=0, token_scale=False),
+        heads.ClassVQHead,
+    ),
+    "classes, one codebook": (
+        schema.ClassVQHead(**{**CLASSES, "num_codebooks": 1}, token_bias=False),
+        heads.ClassVQHead,
+    ),
 }
 
 
@@ -69,7 +87,9 @@ def test_built_from_a_map_and_without_one(name: str) -> None:
     assert (model.embedding is None) == getattr(config.model.head, "tied", False)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "two levels"])
+@pytest.mark.parametrize(
+    "name", [name for name, (head, _) in CASES.items() if isinstance(head, schema.VQHead)]
+)
 def test_the_map_is_taken(name: str) -> None:
     head: Any = CASES[name][0]
     token_map = map_of(head)
@@ -96,3 +116,38 @@ def test_the_map_is_taken(name: str) -> None:
     if head.num_own_tokens:
         np.testing.assert_array_equal(made.own_tokens[...], [0, 1, 2])
         np.testing.assert_array_equal(made.own_vectors[...], start["own_vectors"])
+
+
+def test_the_classes_are_taken() -> None:
+    """Rows of codes and scales are those of the tokens, then those of the classes."""
+    head: Any = CASES["classes"][0]
+    token_map = map_of(head)
+    rng = np.random.default_rng(0)
+    codebooks = tuple(rng.standard_normal((5, D // 4), np.float32) for _ in range(4))
+    assert token_map.classes is not None
+    classes = dataclasses.replace(token_map.classes, scale=rng.random(10, np.float32))
+    token_map = dataclasses.replace(
+        token_map, codebooks=codebooks, scale=rng.random(V, np.float32), classes=classes
+    )
+    model: Any = build_model(make_config(head), token_map, jax.random.key(0))
+    made = model.head
+    np.testing.assert_array_equal(made.codebooks[...], np.stack(codebooks))
+    np.testing.assert_array_equal(made.assignment[:V], token_map.codes)
+    np.testing.assert_array_equal(made.assignment[V:], classes.codes)
+    np.testing.assert_array_equal(made.scale[:V], token_map.scale)
+    np.testing.assert_array_equal(made.scale[V:], classes.scale)
+    # The most frequent tokens have the lowest ids, and every class its tokens.
+    np.testing.assert_array_equal(made.entries[...], [*range(10), *range(V, V + 10)])
+    assert made.members.shape == (10, 2)
+    for class_, members in enumerate(made.members[...]):
+        expected = np.flatnonzero(classes.of_token == class_)
+        np.testing.assert_array_equal(members[members >= 0], expected)
+
+
+def test_a_map_without_classes_is_refused() -> None:
+    config = make_config(CASES["classes"][0])
+    token_map = dataclasses.replace(map_of(config.model.head), classes=None)
+    with pytest.raises(
+        DataError, match="^token_map: has no classes, which model.head.kind='class_"
+    ):
+        build_model(config, token_map, jax.random.key(0))

@@ -43,6 +43,13 @@ def test_full_head_multiplies_with_every_row() -> None:
         (schema.HierarchicalHead(), (10 + 10) * 8),
         # ceil(log2 100) = 7 steps, padded by 8.
         (schema.HierarchicalHead(tree="huffman"), 15 * 8),
+        # 7 classes and 9 frequent tokens at the first level, and 10 codes (of all slices).
+        (
+            schema.ClassVQHead(num_classes=7, num_frequent=9, num_codes=10, num_codebooks=4),
+            (7 + 9 + 10) * 8,
+        ),
+        # A third of the vocabulary, rounded up.
+        (schema.ClassVQHead(num_codes=10), (34 + 34 + 10) * 8),
     ],
 )
 def test_baseline_heads(head: schema.HeadConfig, weights: int) -> None:

@@ -223,6 +223,7 @@ def test_run_that_cannot_start_writes_nothing(
     [
         {"kind": "full", "start": "cooccurrence"},
         {"assignment": "cooccurrence", "code_init": "centroids", "num_codes": "9"},
+        {"kind": "class_vq", "code_init": "centroids", "num_codes": "9", "num_codebooks": "4"},
     ],
     ids=lambda head: head.get("kind", "vq"),
 )
@@ -240,7 +241,36 @@ def test_heads_that_start_from_cooccurrence(
         rows = np.asarray(model.head.weights[...])
         np.testing.assert_array_equal(rows, first.token_map.own_vectors)
         assert rows.shape == (264, 16) and np.all(np.any(rows[[ord("e"), ord(" ")]], axis=1))
+    elif head.get("kind") == "class_vq":
+        books, again = first.token_map.codebooks, second.token_map.codebooks
+        assert books is not None and again is not None
+        np.testing.assert_array_equal(model.head.codebooks[...], np.stack(books))
+        np.testing.assert_array_equal(np.stack(books), np.stack(again))
+        # The most frequent tokens stand beside the classes.
+        assert {ord("e"), ord(" ")} <= set(np.asarray(model.head.entries[...]).tolist())
     else:
         assert len(set(first.token_map.codes[:, 0])) == 9
         np.testing.assert_array_equal(model.head.codes[...], first.token_map.codebooks[0])
         np.testing.assert_array_equal(first.token_map.codes, second.token_map.codes)
+
+
+def test_other_sizes_of_classes_are_another_map(corpus: Path, tmp_path: Path) -> None:
+    """All of them are kept side by side."""
+    head = {"kind": "class_vq", "num_codes": "9", "num_codebooks": "4"}
+    changes = {f"model__head__{name}": value for name, value in head.items()}
+    changes["data__cache_dir"] = str(tmp_path / "cache")
+
+    def sizes(**overrides: str) -> tuple[int, int]:
+        setup = prepare(tiny_config(corpus, **changes, **overrides), tmp_path / "run", None)
+        assert setup.token_map is not None and setup.token_map.classes is not None
+        classes = setup.token_map.classes
+        return len(classes.codes), int(np.sum(classes.of_token < 0))
+
+    for _ in range(2):
+        assert sizes() == (65, 65)
+        assert sizes(model__head__num_classes="20") == (20, 65)
+        assert sizes(model__head__num_frequent="7") == (65, 7)
+    kept = sorted((tmp_path / "cache/token_maps").iterdir())
+    assert len(kept) == 3
+    loaded = [TokenMap.load(path).classes for path in kept]
+    assert {len(classes.codes) for classes in loaded if classes is not None} == {20, 65}

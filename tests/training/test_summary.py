@@ -35,6 +35,19 @@ def test_new_run_describes_its_token_map(tmp_path: Path) -> None:
     assert "floor" not in {line.split()[0] for line in summary(tmp_path)}
 
 
+def test_classes_are_described(tmp_path: Path) -> None:
+    head = {"kind": "class_vq", "num_codes": "8", "num_codebooks": "4", "token_scale": "true"}
+    lines = summary(tmp_path, **{f"model__head__{name}": value for name, value in head.items()})
+    names = ["text", "model", "codes", "vectors", "bytes", "usage", "classes", "devices", "steps"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[2].startswith("codes    4 x 8 a token, 12 bits: ")
+    # Slices of 16 / 4 columns; a bias and a scale of 264 tokens and 65 classes.
+    assert lines[3].startswith("vectors  128 parameters, ")
+    assert lines[3].endswith(" with 658 biases and scales")
+    # 264 - 65 tokens in 65 classes.
+    assert lines[6] == "classes  65 of at most 4 tokens, beside 65 frequent ones"
+
+
 def test_full_head_has_no_token_map(tmp_path: Path) -> None:
     lines = summary(tmp_path, model__head__kind="full")
     assert [line.split()[0] for line in lines] == ["text", "model", "devices", "steps"]

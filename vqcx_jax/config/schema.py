@@ -21,6 +21,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+BiasInit = Literal["zeros", "counts"]
 MeshAxis = Literal["data", "fsdp", "tensor"]
 MeshAxes = tuple[MeshAxis, ...]
 
@@ -88,6 +89,8 @@ class VQHead:
     # than one codebook: the input must tell tokens apart.
     tied: bool = False
     token_bias: bool = True
+    # Token biases start at 0, or at the logarithms of the tokens' shares of the training text.
+    bias_init: BiasInit = "zeros"
     # Code logits go through cap * tanh(l / cap), before the token's bias. None: as they are.
     logit_soft_cap: PositiveFloat | None = None
 
@@ -124,9 +127,9 @@ class ClassVQHead:
     kind: Literal["class_vq"] = "class_vq"
     num_codes: Positive = 256
     num_codebooks: Positive = 16
-    # Classes at the first level. None: 4 sqrt(V).
+    # Classes at the first level. None: 4 sqrt(V), or V / 3 in a small vocabulary.
     num_classes: Positive | None = None
-    # So many of the most frequent tokens stand at the first level. None: 4 sqrt(V).
+    # So many of the most frequent tokens stand at the first level. None: as many.
     num_frequent: NonNegative | None = None
     # Codes and classes, as in VQHead: "random", or from near vectors.
     assignment: Literal["random", "cooccurrence", "file"] = "cooccurrence"
@@ -134,12 +137,20 @@ class ClassVQHead:
     code_init: Literal["random", "centroids"] = "centroids"
     token_scale: bool = True
     token_bias: bool = True
+    # As in VQHead; a class's bias starts at its tokens' share.
+    bias_init: BiasInit = "counts"
 
     def sizes(self, vocab_size: int) -> tuple[int, int, int]:
-        """Classes, frequent tokens, and tokens of a class at most."""
+        """Classes, frequent tokens, and tokens of a class at most.
+
+        A size that is not given makes room for one that is.
+        """
         usual = min(round(4 * vocab_size**0.5), -(-vocab_size // 3))
-        num_classes = usual if self.num_classes is None else self.num_classes
-        num_frequent = usual if self.num_frequent is None else self.num_frequent
+        num_classes, num_frequent = self.num_classes, self.num_frequent
+        if num_frequent is None:
+            num_frequent = max(0, min(usual, vocab_size - (num_classes or 1)))
+        if num_classes is None:
+            num_classes = max(1, min(usual, vocab_size - num_frequent))
         return num_classes, num_frequent, -(-(vocab_size - num_frequent) // num_classes)
 
     def codes(self) -> VQHead:
@@ -153,6 +164,7 @@ class ClassVQHead:
             code_init=self.code_init,
             token_scale=self.token_scale,
             token_bias=self.token_bias,
+            bias_init=self.bias_init,
         )
 
 
@@ -169,6 +181,8 @@ class FullHead:
     # of the vocabulary at a time, and computes four products where "plain" has three.
     implementation: Literal["plain", "streamed"] = "plain"
     token_bias: bool = False
+    # As in VQHead.
+    bias_init: BiasInit = "zeros"
     # Products of rows and hidden state go through cap * tanh(z / cap), before the token's bias.
     # None: as they are.
     logit_soft_cap: PositiveFloat | None = None
@@ -181,6 +195,8 @@ class LowRankHead:
     kind: Literal["low_rank"] = "low_rank"
     rank: Positive = 64
     token_bias: bool = False
+    # As in VQHead.
+    bias_init: BiasInit = "zeros"
     # As in FullHead.
     logit_soft_cap: PositiveFloat | None = None
 

@@ -11,6 +11,7 @@ from vqcx_jax.config.schema import (
     ClassVQHead,
     Config,
     Data,
+    FullHead,
     HierarchicalHead,
     JSONTokenizer,
     LowRankHead,
@@ -77,6 +78,8 @@ def _check_model(model: Model) -> None:
             model.head.rank,
             f"must be at most model.embed_dim={model.embed_dim}",
         )
+    if isinstance(model.head, VQHead | ClassVQHead | FullHead | LowRankHead):
+        _check_bias(model.head)
     if isinstance(model.head, AdaptiveHead):
         _check_clusters(model.head, model)
     if isinstance(model.head, VQHead):
@@ -108,6 +111,11 @@ def _check_classes(head: ClassVQHead, vocab_size: int | None) -> None:
             f"must be at most model.vocab_size={vocab_size} less "
             f"model.head.num_frequent={num_frequent}",
         )
+
+
+def _check_bias(head: VQHead | ClassVQHead | FullHead | LowRankHead) -> None:
+    if head.bias_init == "counts" and not head.token_bias:
+        _fail("model.head.bias_init", head.bias_init, "needs model.head.token_bias=true")
 
 
 def _check_clusters(head: AdaptiveHead, model: Model) -> None:
@@ -300,7 +308,7 @@ def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
     ]
     if model.vocab_size is not None:
         sharded.append(("model.vocab_size", model.vocab_size, "vocab"))
-    if isinstance(model.head, VQHead):
+    if isinstance(model.head, VQHead | ClassVQHead | TwoLevelVQHead):
         sharded.append(("model.head.num_codes", model.head.num_codes, "codes"))
     if isinstance(model.head, LowRankHead):
         sharded.append(("model.head.rank", model.head.rank, "embed"))

@@ -125,30 +125,22 @@ def main() -> None:
 def _with_head(config: schema.Config, flags: Flags) -> schema.Config:
     """The configuration with a head that takes the map."""
     head = config.model.head
+    of_map: dict[str, Any] = {
+        "assignment": "file",
+        "token_map": flags.output,
+        "num_codes": flags.num_codes,
+        "num_codebooks": flags.num_codebooks,
+        "token_scale": flags.scale,
+        "code_init": "random",
+    }
     if flags.classes:
-        head = dataclasses.replace(
-            head if isinstance(head, schema.ClassVQHead) else schema.ClassVQHead(),
-            assignment="file",
-            token_map=flags.output,
-            num_codes=flags.num_codes,
-            num_codebooks=flags.num_codebooks,
-            num_classes=flags.classes,
-            num_frequent=flags.frequent,
-            token_scale=flags.scale,
-            code_init="random",
-        )
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
-    head = dataclasses.replace(
-        head if isinstance(head, schema.VQHead) else schema.VQHead(),
-        assignment="file",
-        token_map=flags.output,
-        num_codes=flags.num_codes,
-        num_codebooks=flags.num_codebooks,
-        form="product" if flags.method == "product" else "additive",
-        num_own_tokens=flags.own,
-        token_scale=flags.scale,
-        code_init="random",
-    )
+        head = head if isinstance(head, schema.ClassVQHead) else schema.ClassVQHead()
+        of_map |= {"num_classes": flags.classes, "num_frequent": flags.frequent}
+    else:
+        head = head if isinstance(head, schema.VQHead) else schema.VQHead()
+        form = "product" if flags.method == "product" else "additive"
+        of_map |= {"form": form, "num_own_tokens": flags.own}
+    head = dataclasses.replace(head, **of_map)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
 
 

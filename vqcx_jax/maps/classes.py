@@ -8,6 +8,8 @@ from vqcx_jax.maps.kmeans import kmeans, weighted_means
 from vqcx_jax.maps.token_map import TokenClasses, TokenMap
 
 _ITERATIONS = 10
+# Length of the noise on directions: k-means needs distinct rows, and unseen tokens are all alike.
+_NOISE = 1e-3
 
 
 def random_classes(
@@ -23,11 +25,12 @@ def random_classes(
 
     Args:
         counts: int (V,) occurrences in the training text.
+        seed: classes do not follow the codes that `random_map` deals out by the same seed.
     """
     tokens = by_frequency(counts)[num_frequent:]
     class_of = np.full(len(counts), -1, np.int32)
-    class_of[tokens] = random_map(len(tokens), num_classes, seed)[:, 0]
-    codes = random_map(num_classes, num_codes, seed + 1, num_codebooks)
+    class_of[tokens] = random_map(len(tokens), num_classes, seed + 1)[:, 0]
+    codes = random_map(num_classes, num_codes, seed + 2, num_codebooks)
     return TokenClasses(class_of, codes)
 
 
@@ -42,8 +45,8 @@ def near_classes(
 ) -> TokenClasses:
     """Classes of equal size of tokens whose vectors point the same way, by k-means.
 
-    A class gets the product codes that come nearest to the mean of its tokens, and, where tokens
-    have a scale, the length of that mean as its scale.
+    A class gets the product codes that come nearest to the mean of its tokens; where tokens have a
+    scale, to its direction, and its length as the class's scale.
 
     Args:
         token_map: product codes with codebooks.
@@ -56,8 +59,10 @@ def near_classes(
     vectors = quantize.reconstruct(token_map.codes[tokens], token_map.codebooks, dim)
     if token_map.scale is not None:
         vectors = vectors * token_map.scale[tokens, None]
+    directions, _ = _directions(vectors)
+    noise = np.random.default_rng(seed).standard_normal(directions.shape, np.float32)
     labels, _ = kmeans(
-        _directions(vectors)[0],
+        directions + _NOISE * dim**-0.5 * noise,
         num_classes,
         seed=seed,
         weights=weights[tokens],

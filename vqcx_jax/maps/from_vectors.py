@@ -86,7 +86,7 @@ def map_from_vectors(
     num_tokens = len(vectors) - options.own
     if counts.shape != (len(vectors),):
         raise DataError(f"counts of shape {counts.shape}: expected ({len(vectors)},), one a token")
-    if options.classes + options.frequent > num_tokens:
+    if options.classes and options.classes + options.frequent > num_tokens:
         raise DataError(
             f"classes={options.classes}: must be at most {max(num_tokens - options.frequent, 0)}, "
             f"the {num_tokens} tokens without the frequent={options.frequent} most frequent ones"

@@ -45,13 +45,15 @@ def make_map(
     """
     num_classes = num_frequent = 0
     if isinstance(head, schema.ClassVQHead):
+        if head.assignment == "file":
+            token_map = _read(head.codes(), vocab_size, embed_dim, tokenizer)
+            _check_classes(head, token_map)
+            return token_map
         num_classes, num_frequent, _ = head.sizes(vocab_size)
         head = head.codes()
     if head.assignment == "file":
         token_map = _read(head, vocab_size, embed_dim, tokenizer)
-        if num_classes:
-            _check_classes(token_map, num_classes, num_frequent, head.token_map)
-        return token_map
+        return dataclasses.replace(token_map, classes=None)
     if counts.shape != (vocab_size,):
         raise DataError(f"counts of shape {counts.shape}: expected one a token, ({vocab_size},)")
     if head.assignment == "cooccurrence":
@@ -98,19 +100,24 @@ def _read(head: schema.VQHead, vocab_size: int, embed_dim: int, tokenizer: str |
     return _started(head, token_map)
 
 
-def own_map(vectors: np.ndarray) -> TokenMap:
-    """The map of a full head: every token has an own vector, which it starts from.
+def own_map(vocab_size: int, vectors: np.ndarray | None = None) -> TokenMap:
+    """The map of a full head: every token has an own vector.
 
     Args:
-        vectors: float32 (V, D).
+        vectors: float32 (V, D) to start from; None: random ones.
     """
-    vocab_size = len(vectors)
     return TokenMap(
         np.zeros((vocab_size, 1), np.int32),
         (1,),
         own_tokens=np.arange(vocab_size, dtype=np.int32),
         own_vectors=vectors,
     )
+
+
+def log_shares(counts: np.ndarray) -> np.ndarray:
+    """Logarithm of each token's share of the text, unseen ones as if once. float32 (V,)."""
+    counts = np.maximum(counts, 1)
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def _options(head: schema.VQHead, num_classes: int, num_frequent: int) -> Options:
@@ -169,18 +176,21 @@ def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:
             raise DataError(f"model.head.{name}={value}: the map {head.token_map!r} has {accepted}")
 
 
-def _check_classes(
-    token_map: TokenMap, num_classes: int, num_frequent: int, path: str | None
-) -> None:
-    classes = token_map.classes
-    found = (0, 0)
-    if classes is not None:
-        found = len(classes.codes), int(np.sum(classes.of_token < 0))
-    for name, wanted, has in zip(
-        ("num_classes", "num_frequent"), (num_classes, num_frequent), found, strict=True
-    ):
-        if wanted != has:
-            raise DataError(f"model.head.{name}={wanted}: the map {path!r} has {has}")
+def _check_classes(head: schema.ClassVQHead, token_map: TokenMap) -> None:
+    num_classes, num_frequent, num_ranks = head.sizes(token_map.vocab_size)
+    classes = f"model.head.num_classes={num_classes}: the map {head.token_map!r}"
+    if token_map.classes is None:
+        raise DataError(f"{classes} has no classes")
+    found = len(token_map.classes.codes)
+    if found != num_classes:
+        raise DataError(f"{classes} has {found}")
+    frequent, *sizes = np.bincount(token_map.classes.of_token + 1)
+    if frequent != num_frequent:
+        raise DataError(
+            f"model.head.num_frequent={num_frequent}: the map {head.token_map!r} has {frequent}"
+        )
+    if max(sizes) > num_ranks:
+        raise DataError(f"{classes} has one of {max(sizes)} tokens; must be at most {num_ranks}")
 
 
 def _check_start(head: schema.VQHead, token_map: TokenMap, embed_dim: int) -> None:

@@ -42,6 +42,7 @@ class TokenMap:
         own_tokens: int32 (T,), tokens that get a vector of their own and whose codes are not used.
         own_vectors: float32 (T, D) to start from; None: random ones.
         classes: for heads of classes; None: no classes.
+        bias: float32 (V,) to start the tokens' biases from; None: zeros.
         provenance: how the map was made, as JSON values. "tokenizer" is the fingerprint of the
             tokenizer whose tokens these are.
 
@@ -56,6 +57,7 @@ class TokenMap:
     own_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     own_vectors: np.ndarray | None = None
     classes: TokenClasses | None = None
+    bias: np.ndarray | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,10 +72,14 @@ class TokenMap:
                 _check_floats("codebooks", codebook, (k, None))
         if self.scale is not None:
             _check_floats("scale", self.scale, (self.vocab_size,))
+        if self.bias is not None:
+            _check_floats("bias", self.bias, (self.vocab_size,))
         if self.own_vectors is not None:
             _check_floats("own_vectors", self.own_vectors, (len(self.own_tokens), None))
         if self.classes is not None:
             _check_classes(self.classes, self.vocab_size, self.num_codes)
+            if (self.classes.scale is None) != (self.scale is None):
+                raise DataError("class_scale: must be there if scale is, and only then")
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +113,8 @@ class TokenMap:
             arrays[f"codebook_{m}"] = codebook
         if self.scale is not None:
             arrays["scale"] = self.scale
+        if self.bias is not None:
+            arrays["bias"] = self.bias
         if self.own_vectors is not None:
             arrays["own_vectors"] = self.own_vectors
         if self.classes is not None:
@@ -184,12 +192,13 @@ def _check_classes(classes: TokenClasses, vocab_size: int, num_codes: tuple[int,
         raise DataError(
             f"class_of_token: must be int32 ({vocab_size},), got {of_token.dtype} {of_token.shape}"
         )
-    if codes.dtype != np.int32 or codes.ndim != 2 or codes.shape[1] != len(num_codes):
+    fits = codes.ndim == 2 and codes.shape[0] > 0 and codes.shape[1] == len(num_codes)
+    if codes.dtype != np.int32 or not fits:
         raise DataError(
-            f"class_codes: must be int32 of shape (num_classes, {len(num_codes)}), got "
-            f"{codes.dtype} {codes.shape}"
+            f"class_codes: must be int32 of shape (num_classes, {len(num_codes)}), of a class or "
+            f"more, got {codes.dtype} {codes.shape}"
         )
-    if codes.size and (codes.min() < 0 or np.any(codes >= np.asarray(num_codes))):
+    if codes.min() < 0 or np.any(codes >= np.asarray(num_codes)):
         raise DataError(f"class_codes: must be in [0, num_codes={num_codes})")
     used = np.unique(of_token[of_token != -1])
     if not np.array_equal(used, np.arange(len(codes))):
@@ -270,11 +279,12 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> TokenMap:
         own_tokens=arrays["own_tokens"],
         own_vectors=arrays.get("own_vectors"),
         classes=_classes_from(arrays),
+        bias=arrays.get("bias"),
         provenance=provenance,
     )
 
 
 def _classes_from(arrays: dict[str, np.ndarray]) -> TokenClasses | None:
-    if "class_codes" not in arrays:
+    if arrays.keys().isdisjoint({"class_of_token", "class_codes", "class_scale"}):
         return None
     return TokenClasses(arrays["class_of_token"], arrays["class_codes"], arrays.get("class_scale"))

@@ -7,6 +7,7 @@ They are plain pytrees, so jax.jit takes them as they are. jax.grad takes the tr
 from vqcx_jax.nn.attention import Attention, KVCache
 from vqcx_jax.nn.heads import (
     AdaptiveHead,
+    ClassVQHead,
     FullHead,
     Head,
     HuffmanHead,
@@ -24,6 +25,7 @@ __all__ = [
     "AdaptiveHead",
     "Attention",
     "Buffer",
+    "ClassVQHead",
     "Embedding",
     "FullHead",
     "Head",

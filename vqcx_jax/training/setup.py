@@ -14,7 +14,7 @@ from vqcx_jax.config import from_json, schema, to_json, validate
 from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.data.cache import content_key
 from vqcx_jax.errors import CheckpointError
-from vqcx_jax.maps import TokenMap, make_map, own_map
+from vqcx_jax.maps import TokenMap, log_shares, make_map, own_map
 from vqcx_jax.maps.vectors import cooccurrence_vectors
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
@@ -97,14 +97,16 @@ def _with_token_map(setup: Setup) -> Setup:
         return data.encoded_documents(setup.tokenizer, setup.corpus.split("train"), limit)
 
     head = model.head
+    vectors = None
     if isinstance(head, schema.FullHead) and head.start == "cooccurrence":
         vectors = cooccurrence_vectors(documents(), vocab_size, model.embed_dim)
-        return dataclasses.replace(setup, token_map=own_map(vectors))
-    if isinstance(head, schema.FullHead | schema.LowRankHead):
+    elif isinstance(head, schema.FullHead | schema.LowRankHead) and head.bias_init == "zeros":
         return setup
     counts = data.cached_token_counts(
         setup.tokenizer, setup.corpus, cache_dir, limit, vocab_size=vocab_size
     )
+    if isinstance(head, schema.FullHead | schema.LowRankHead):
+        return _with_biases(setup, own_map(vocab_size, vectors), counts)
     if isinstance(head, schema.AdaptiveHead | schema.HierarchicalHead):
         return dataclasses.replace(setup, token_map=order_by_frequency(head, counts))
     tokenizer = data.tokenizer_fingerprint(setup.tokenizer)
@@ -121,6 +123,13 @@ def _with_token_map(setup: Setup) -> Setup:
         documents=documents,
         cached_at=cache_dir / "token_maps" / f"{content_key(made_from)}.npz",
     )
+    return _with_biases(setup, token_map, counts)
+
+
+def _with_biases(setup: Setup, token_map: TokenMap, counts: np.ndarray) -> Setup:
+    """The setup with a map, which says where biases start."""
+    if getattr(setup.config.model.head, "bias_init", "zeros") == "counts":
+        token_map = dataclasses.replace(token_map, bias=log_shares(counts))
     return dataclasses.replace(setup, token_map=token_map, token_counts=counts)
 
 

@@ -1,5 +1,6 @@
 """From a config to an output layer."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from vqcx_jax.config import schema
+from vqcx_jax.errors import DataError
 from vqcx_jax.maps import TokenClasses, TokenMap
 from vqcx_jax.maps.fixed import contiguous_map
 from vqcx_jax.nn.heads.adaptive import AdaptiveHead
@@ -39,7 +41,22 @@ def make_head(
     Args:
         token_map: for heads of codes; for heads that order tokens, see `order_by_frequency`.
             None: a placeholder, for heads whose arrays come from a checkpoint.
+
+    Raises:
+        DataError: the map has no classes, for a head that needs them.
     """
+    head = _make(config, token_map, rules, rngs)
+    if token_map is not None and token_map.bias is not None:
+        _start_biases(head, token_map.bias)
+    return head
+
+
+def _make(
+    config: schema.Model,
+    token_map: TokenMap | None,
+    rules: schema.ShardingRules,
+    rngs: nnx.Rngs,
+) -> Head:
     match config.head:
         case schema.FullHead():
             return _full(config, config.head, token_map, rules, rngs)
@@ -55,6 +72,17 @@ def make_head(
             return _class_vq(config, config.head, token_map, rules, rngs)
         case schema.VQHead():
             return _vq(config, config.head, token_map, rules, rngs)
+
+
+def _start_biases(head: Head, bias: np.ndarray) -> None:
+    """Sets token biases to `bias`, those of classes to the logarithm of their tokens' sum."""
+    assert isinstance(head, VQHead | MultiVQHead | ClassVQHead | FullHead | LowRankHead)
+    start = jnp.asarray(bias)
+    if isinstance(head, ClassVQHead):
+        members = head.members[...]
+        of_members = jnp.where(members < 0, -jnp.inf, start[members])
+        start = jnp.append(start, jax.nn.logsumexp(of_members, axis=-1))
+    head.bias.set_value(start)
 
 
 def _full(
@@ -207,16 +235,18 @@ def _class_vq(
     vocab_size = config.known_vocab_size()
     num_classes, num_frequent, num_ranks = head.sizes(vocab_size)
     if token_map is None:
-        token_map = _placeholder(vocab_size, head.codes())
-    of_classes = token_map.classes
-    if of_classes is None:
         rest = contiguous_map(vocab_size - num_frequent, num_classes)[:, 0]
         class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
-        of_classes = TokenClasses(class_of, np.zeros((num_classes, head.num_codebooks), np.int32))
-    scale = token_map.scale
-    if scale is not None and of_classes.scale is not None:
+        class_codes = np.zeros((num_classes, head.num_codebooks), np.int32)
+        token_map = dataclasses.replace(
+            _placeholder(vocab_size, head.codes()), classes=TokenClasses(class_of, class_codes)
+        )
+    of_classes, codebooks, scale = token_map.classes, token_map.codebooks, token_map.scale
+    if of_classes is None:
+        raise DataError(f"token_map: has no classes, which model.head.kind={head.kind!r} needs")
+    if scale is not None:
+        assert of_classes.scale is not None
         scale = np.append(scale, of_classes.scale)
-    codebooks = token_map.codebooks
     return ClassVQHead(
         classes.classes(of_classes.of_token, num_classes, num_ranks),
         jnp.asarray(np.append(token_map.codes, of_classes.codes, axis=0)),

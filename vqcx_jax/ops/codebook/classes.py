@@ -83,12 +83,15 @@ def classes(class_of: np.ndarray, num_classes: int, num_ranks: int | None = None
 
 def nll(h: jax.Array, weights: Weights, classes: Classes, targets: jax.Array) -> jax.Array:
     """-log p(target | h), float32 (...), for h (..., D) and targets int (...) in [0, V)."""
-    entry = classes.entry_of[targets]
-    log_p_entry = _pick(jax.nn.log_softmax(entry_logits(h, weights, classes)), entry)
+    # Barriers keep XLA from computing these again for every element that is compared with them.
+    entry, rank = jax.lax.optimization_barrier(
+        (classes.entry_of[targets], classes.rank_of[targets])
+    )
     class_ = entry - num_frequent(classes)
+    nll_of_entry = _nll(entry_logits(h, weights, classes), entry)
     z_xR = member_logits(h, weights, classes, jnp.maximum(class_, 0))
-    log_p_member = _pick(jax.nn.log_softmax(z_xR), classes.rank_of[targets])
-    return -(log_p_entry + jnp.where(class_ < 0, 0.0, log_p_member))
+    nll_of_member = _nll(z_xR, rank)
+    return nll_of_entry + jnp.where(class_ < 0, 0.0, nll_of_member)
 
 
 def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
@@ -130,7 +133,8 @@ def member_logits(h: jax.Array, weights: Weights, classes: Classes, class_: jax.
     # Codebooks in front, as the product of slices leaves them: nothing is transposed.
     table_MxK = _code_logits(h, weights.codebooks)
     codes_MxCxR = jnp.moveaxis(weights.codes, 1, 0)[:, tokens_CxR]
-    z_xR = jnp.sum(jnp.take_along_axis(table_MxK, codes_MxCxR[:, class_], axis=-1), axis=0)
+    codes_MxxR = jax.lax.optimization_barrier(codes_MxCxR[:, class_])
+    z_xR = jnp.sum(jnp.take_along_axis(table_MxK, codes_MxxR, axis=-1), axis=0)
     if weights.scale is not None:
         z_xR = z_xR * weights.scale[tokens_CxR][class_]
     if weights.bias is not None:
@@ -149,7 +153,7 @@ def num_frequent(classes: Classes) -> int:
     return len(classes.entries) - len(classes.members)
 
 
-def _pick(log_p: jax.Array, index: jax.Array) -> jax.Array:
+def _nll(z: jax.Array, target: jax.Array) -> jax.Array:
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
-    is_target = jnp.arange(log_p.shape[-1]) == index[..., None]
-    return jnp.sum(jnp.where(is_target, log_p, 0.0), axis=-1)
+    is_target = jnp.arange(z.shape[-1]) == target[..., None]
+    return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
