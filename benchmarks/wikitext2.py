@@ -26,11 +26,12 @@ ONE_CODEBOOK = [
     "--config.model.head.code_init=random",
     "--config.model.head.token_scale=false",
 ]
+FULL = ["--config.model.head.kind=full", "--config.model.head.token_bias=true"]
 VARIANTS = {
     "vq, complex": [*ONE_CODEBOOK, "--config.model.attention.kind=complex"],
     "vq, rope": [*ONE_CODEBOOK, "--config.model.attention.kind=rope"],
-    "full, complex": ["--config.model.head.kind=full", "--config.model.attention.kind=complex"],
-    "full, rope": ["--config.model.head.kind=full", "--config.model.attention.kind=rope"],
+    "full, complex": [*FULL, "--config.model.attention.kind=complex"],
+    "full, rope": [*FULL, "--config.model.attention.kind=rope"],
 }
 
 

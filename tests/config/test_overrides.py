@@ -179,3 +179,9 @@ def test_messages(path: str, text: str, parts: list[str]) -> None:
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_a_default_of_the_old_kind_does_not_hide_one_of_the_new() -> None:
+    config = Config(model=schema.Model(head=schema.VQHead(num_codes=64)))
+    config = apply_overrides(config, [("model.head.kind", "class_vq")])
+    assert config.model.head == schema.ClassVQHead(num_codes=64)

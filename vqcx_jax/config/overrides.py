@@ -17,7 +17,8 @@ def apply_overrides(config: Config, overrides: Sequence[tuple[str, str]]) -> Con
     """Returns `config` with some fields replaced.
 
     Kinds are applied first, whatever their place in the sequence: a new kind keeps the fields
-    that it shares (name and type) with the old one, the others have the new class's defaults.
+    that it shares (name and type) with the old one and that were not at their default there; all
+    others have the new class's defaults.
     Of several overrides of one field the last one counts.
 
     Args:
@@ -84,11 +85,13 @@ def _set(section: Any, names: list[str], path: str, text: str) -> Any:
 def _with_kind(current: Any, members: tuple[type, ...], path: str, kind: str) -> Any:
     for member in members:
         if kind in kinds(member):
-            old = annotations(type(current))
+            old, unset = annotations(type(current)), type(current)()
             shared = {
                 name: getattr(current, name)
                 for name, annotation in annotations(member).items()
-                if name != "kind" and old.get(name) == annotation
+                if name != "kind"
+                and old.get(name) == annotation
+                and getattr(current, name) != getattr(unset, name)
             }
             return member(kind=kind, **shared)
     raise ConfigError(f"{path}={show(kind)}: must be one of {all_kinds(members)}")
