@@ -1,6 +1,9 @@
 """What a run may change when it goes on from a checkpoint, and what a user reads if it may not."""
 
 import dataclasses
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -274,3 +277,57 @@ def test_other_sizes_of_classes_are_another_map(corpus: Path, tmp_path: Path) ->
     assert len(kept) == 3
     loaded = [TokenMap.load(path).classes for path in kept]
     assert {len(classes.codes) for classes in loaded if classes is not None} == {20, 65}
+
+
+DIFFERENT_MAPS = """
+import sys
+import jax
+import numpy as np
+
+jax.config.update("jax_platforms", "cpu")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+
+from vqcx_jax.maps import TokenClasses, TokenMap
+from vqcx_jax.training.setup import _agreed
+
+rng = np.random.default_rng(int(sys.argv[2]))
+codebooks = tuple(rng.standard_normal((2, 300, 4), np.float32))
+scale = rng.standard_normal(400, np.float32)
+classes = TokenClasses(
+    rng.permutation(np.arange(400) % 7 - 1).astype(np.int32),
+    rng.integers(300, size=(6, 2)).astype(np.int32),
+    scale[:6],
+)
+codes = rng.integers(300, size=(400, 2)).astype(np.int32)
+agreed = _agreed(TokenMap(codes, (300, 300), codebooks, scale, classes=classes))
+arrays = agreed.to_arrays()
+if sys.argv[2] == "0":
+    np.testing.assert_array_equal(agreed.codes, codes)
+print({name: float(np.float64(x).sum()) for name, x in arrays.items()})
+"""
+
+
+def test_all_processes_take_the_map_of_the_first(tmp_path: Path) -> None:
+    """Two real processes that have made different ones."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIFFERENT_MAPS, address, str(index)],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (output[0].splitlines()[-1] for output in outputs)
+    assert first == second
+    assert "class_of_token" in first

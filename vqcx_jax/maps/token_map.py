@@ -97,17 +97,12 @@ class TokenMap:
         coded[self.own_tokens] = False
         return np.flatnonzero(coded)
 
-    def save(self, path: Path) -> None:
-        """Writes an .npz file (arrays only, no pickles), whole or not at all.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything but the provenance, by name."""
         arrays = {
             "codes": self.codes.astype(np.min_scalar_type(max(self.num_codes) - 1)),
             "num_codes": np.asarray(self.num_codes, np.int64),
             "own_tokens": self.own_tokens,
-            "provenance": np.asarray(json.dumps(self.provenance)),
         }
         for m, codebook in enumerate(self.codebooks or ()):
             arrays[f"codebook_{m}"] = codebook
@@ -122,6 +117,47 @@ class TokenMap:
             arrays["class_codes"] = self.classes.codes
             if self.classes.scale is not None:
                 arrays["class_scale"] = self.classes.scale
+        return arrays
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, np.ndarray], provenance: Mapping[str, Any]
+    ) -> "TokenMap":
+        """What `to_arrays` took apart, all of it checked.
+
+        Raises:
+            DataError: arrays of other types or that do not fit each other.
+            KeyError: one that is needed is not there.
+        """
+        codes, num_codes = arrays["codes"], arrays["num_codes"]
+        if codes.dtype not in _CODE_TYPES or num_codes.dtype != np.int64 or num_codes.ndim != 1:
+            raise DataError(
+                "codes, num_codes: must be uint8, uint16 or uint32, and int64 of one axis, "
+                f"got {codes.dtype} and {num_codes.dtype} {num_codes.shape}"
+            )
+        codebooks = tuple(
+            arrays[f"codebook_{m}"] for m in range(len(num_codes)) if "codebook_0" in arrays
+        )
+        return cls(
+            # 2^31 and more become negative, which is out of range too.
+            codes=codes.astype(np.int32),
+            num_codes=tuple(num_codes.tolist()),
+            codebooks=codebooks or None,
+            scale=arrays.get("scale"),
+            own_tokens=arrays["own_tokens"],
+            own_vectors=arrays.get("own_vectors"),
+            classes=_classes_from(arrays),
+            bias=arrays.get("bias"),
+            provenance=provenance,
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz file (arrays only, no pickles), whole or not at all.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        arrays = self.to_arrays() | {"provenance": np.asarray(json.dumps(self.provenance))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, arrays)
@@ -147,7 +183,7 @@ class TokenMap:
         """
         arrays = _read(path)
         try:
-            token_map = _from_arrays(arrays)
+            token_map = cls.from_arrays(arrays, _provenance(arrays["provenance"]))
         except KeyError as error:
             raise DataError(f"token map {str(path)!r}: has no array {error}") from None
         except DataError as error:
@@ -255,36 +291,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _from_arrays(arrays: dict[str, np.ndarray]) -> TokenMap:
-    codes, num_codes = arrays["codes"], arrays["num_codes"]
-    if codes.dtype not in _CODE_TYPES or num_codes.dtype != np.int64 or num_codes.ndim != 1:
-        raise DataError(
-            "codes, num_codes: must be uint8, uint16 or uint32, and int64 of one axis, "
-            f"got {codes.dtype} and {num_codes.dtype} {num_codes.shape}"
-        )
-    codebooks = tuple(
-        arrays[f"codebook_{m}"] for m in range(len(num_codes)) if "codebook_0" in arrays
-    )
+def _provenance(text: np.ndarray) -> dict[str, Any]:
     try:
-        provenance = json.loads(str(arrays["provenance"]))
+        provenance = json.loads(str(text))
     except ValueError:
         provenance = None
     if not isinstance(provenance, dict):
         raise DataError("provenance: must be a JSON object")
-    return TokenMap(
-        codes=codes.astype(np.int32),  # 2^31 and more become negative, which is out of range too.
-        num_codes=tuple(num_codes.tolist()),
-        codebooks=codebooks or None,
-        scale=arrays.get("scale"),
-        own_tokens=arrays["own_tokens"],
-        own_vectors=arrays.get("own_vectors"),
-        classes=_classes_from(arrays),
-        bias=arrays.get("bias"),
-        provenance=provenance,
-    )
+    return provenance
 
 
-def _classes_from(arrays: dict[str, np.ndarray]) -> TokenClasses | None:
+def _classes_from(arrays: Mapping[str, np.ndarray]) -> TokenClasses | None:
     if arrays.keys().isdisjoint({"class_of_token", "class_codes", "class_scale"}):
         return None
     return TokenClasses(arrays["class_of_token"], arrays["class_codes"], arrays.get("class_scale"))

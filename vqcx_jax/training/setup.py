@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vqcx_jax import data
 from vqcx_jax.checkpoint import check_architecture, load_run
@@ -130,7 +131,18 @@ def _with_biases(setup: Setup, token_map: TokenMap, counts: np.ndarray) -> Setup
     """The setup with a map, which says where biases start."""
     if getattr(setup.config.model.head, "bias_init", "zeros") == "counts":
         token_map = dataclasses.replace(token_map, bias=log_shares(counts))
-    return dataclasses.replace(setup, token_map=token_map, token_counts=counts)
+    return dataclasses.replace(setup, token_map=_agreed(token_map), token_counts=counts)
+
+
+def _agreed(token_map: TokenMap) -> TokenMap:
+    """The map that process 0 has made: the others' may differ in the last digits, then in codes."""
+    if jax.process_count() == 1:
+        return token_map
+    arrays = token_map.to_arrays()
+    # What is sent goes through JAX, which has no int64; sizes are the same everywhere.
+    sizes = {"num_codes": arrays.pop("num_codes")}
+    agreed = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(arrays))
+    return TokenMap.from_arrays(agreed | sizes, token_map.provenance)
 
 
 def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:
