@@ -17,14 +17,7 @@ def get_config() -> schema.Config:
             head_dim=32,
             mlp_dim=512,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(
-                form="product",
-                num_codebooks=16,
-                num_codes=64,
-                assignment="cooccurrence",
-                code_init="centroids",
-                token_scale=True,
-            ),
+            head=schema.ClassVQHead(num_codes=64),
         ),
         data=schema.Data(
             dataset=schema.PythonStdlib(),

@@ -1,8 +1,8 @@
-"""WikiText-2 at word level (V = 33,278) with product codes of 1% of V: about 4 epochs.
+"""WikiText-2 at word level (V = 33,278) with product codes in classes: about 4 epochs.
 
 Trunk 3.2M parameters, input embedding 8.5M, codebook 0.07M, a bias and a scale per token 0.07M (a
-full output layer: 8.5M). Fastest to train is one code a token, see docs/output_layer.md:
---config.model.head.num_codebooks=1 --config.model.head.token_scale=false
+full output layer: 8.5M). The paper's form, one code a token, see docs/output_layer.md:
+--config.model.head.kind=vq --config.model.head.num_codes=333
 """
 
 from vqcx_jax.config import schema
@@ -19,14 +19,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=704,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(
-                form="product",
-                num_codebooks=16,
-                num_codes=256,
-                assignment="cooccurrence",
-                code_init="centroids",
-                token_scale=True,
-            ),
+            head=schema.ClassVQHead(),
         ),
         data=schema.Data(
             dataset=schema.WikiText(kind="wikitext2"),

@@ -41,7 +41,7 @@ def test_docstring_counts(path: Path) -> None:
     config, text = load_config(path), path.read_text()
     tokenizer = config.data.tokenizer
     vocab_size = tokenizer.vocab_size if isinstance(tokenizer, schema.BPETokenizer) else 33_278
-    assert isinstance(config.model.head, schema.VQHead)
+    assert isinstance(config.model.head, schema.VQHead | schema.ClassVQHead)
     counts = {
         "Trunk": trunk_parameters(config.model),
         "input embedding": vocab_size * config.model.embed_dim,

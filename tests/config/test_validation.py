@@ -51,7 +51,7 @@ def make(**overrides: str) -> Config:
         (CLASSES | {"model.vocab_size": "259", "model.head.num_frequent": "258"}, 1),
         (CLASSES | {"model.vocab_size": "259", "model.head.num_classes": "259"}, 1),
         (CLASSES | FROM_FILE, 1),
-        (CLASSES | {"model.head.assignment": "random"}, 1),
+        (CLASSES | {"model.head.assignment": "random", "model.head.code_init": "random"}, 1),
         ({"optimizer.schedule": "constant", "train.steps": "10"}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": "240"}, 1),
         ({"train.grad_accumulation": "4"}, 4),
@@ -225,7 +225,7 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             ["model.head.token_map=None: must be a file of `python -m vqcx_jax.maps`"],
         ),
         (
-            CLASSES | {"model.head.assignment": "random", "model.head.code_init": "centroids"},
+            CLASSES | {"model.head.assignment": "random"},
             None,
             ["model.head.code_init='centroids': needs assignment='cooccurrence' or 'file'"],
         ),

@@ -60,8 +60,9 @@ def test_random_classes() -> None:
     codes: dict[str, Any] = {"num_codes": 3, "num_codebooks": 2}
     head = ClassVQHead(assignment="random", code_init="random", **codes)
     # A third of 12 tokens is frequent, and as many classes share the rest.
-    for options, sizes in (({}, (4, 4)), ({"num_classes": 2, "num_frequent": 0}, (2, 0))):
-        token_map = make(dataclasses.replace(head, **options))
+    fewer = dataclasses.replace(head, num_classes=2, num_frequent=0)
+    for head_of_sizes, sizes in ((head, (4, 4)), (fewer, (2, 0))):
+        token_map = make(head_of_sizes)
         np.testing.assert_array_equal(token_map.codes, random_map(12, 3, 7, 2))
         expected = random_classes(COUNTS, *sizes, **codes, seed=7)
         assert token_map.classes is not None

@@ -128,7 +128,7 @@ def test_classes_have_codes_and_scalars_too(bias: bool, scale: bool, scalars: in
     text = describe(
         IN_CLASSES, embed_dim=8, counts=COUNTS, form="product", token_bias=bias, token_scale=scale
     )
-    codes, vectors, num_bytes, usage, classes = text.splitlines()
+    codes, vectors, num_bytes, _, classes = text.splitlines()
     assert "5 different ones for 6 tokens" in codes
     assert vectors.endswith(f"; {(28 + scalars) / 48:.2%} with {scalars} biases and scales")
     assert f" 6 of codes and {2 * (28 + scalars)} of bfloat16 parameters" in num_bytes

@@ -1,4 +1,4 @@
-"""A run with codes in classes: trained, stopped, gone on with, and evaluated from its checkpoint."""
+"""A run with codes in classes: stopped, gone on with, and evaluated from its checkpoint."""
 
 import dataclasses
 from pathlib import Path

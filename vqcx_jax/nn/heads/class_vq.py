@@ -87,9 +87,9 @@ class ClassVQHead(NormalizedHead):
         A product of two tempered softmaxes is not the tempered softmax of the product: everything
         else goes by V logits.
         """
-        is_plain = isinstance(temperature, float | int) and temperature == 1
-        if not is_plain or top_k is not None or top_p is not None:
-            return super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        by_logits = super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        if top_k is not None or top_p is not None:
+            return by_logits
         weights, tokens = self._arrays()
         num_frequent = classes.num_frequent(tokens)
 
@@ -101,7 +101,8 @@ class ClassVQHead(NormalizedHead):
             member = tokens.members[class_, sampling.sample(member_logits, member_key)]
             return jnp.where(entry < num_frequent, tokens.entries[entry], member)
 
-        return sample
+        is_plain = jnp.asarray(temperature) == 1
+        return lambda h_BxTxD, key: jax.lax.cond(is_plain, sample, by_logits, h_BxTxD, key)
 
     def _arrays(self) -> tuple[classes.Weights, classes.Classes]:
         weights = classes.Weights(
