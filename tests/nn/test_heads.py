@@ -19,6 +19,7 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import (
     AdaptiveHead,
+    ClassVQHead,
     FullHead,
     Head,
     HuffmanHead,
@@ -27,6 +28,7 @@ from vqcx_jax.nn import (
     VQHead,
     functional,
 )
+from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import huffman_paths
 from vqcx_jax.ops.labels import IGNORE_ID
 
@@ -36,7 +38,7 @@ RANKS = np.argsort(np.argsort(-COUNTS, kind="stable")).astype(np.int32)
 CAP = 1.5  # Products reach 4 and more.
 # Kinds with a cap, and those whose logits are log-probabilities.
 CAPPED = ("vq", "full", "streamed", "low_rank")
-NORMALIZED = ("adaptive", "two_level", "huffman")
+NORMALIZED = ("adaptive", "two_level", "huffman", "class_vq")
 KINDS = CAPPED + NORMALIZED
 KINDS_AND_CAPS = [(kind, None) for kind in KINDS] + [(kind, CAP) for kind in CAPPED]
 
@@ -71,6 +73,12 @@ def new_head(
             return TwoLevelHead(vocab_size, 8, bias=token_bias, frequency_rank=ranks, **options)
         case "huffman":
             return HuffmanHead(jnp.asarray(huffman_paths(counts)), 8, bias=token_bias, **options)
+        case "class_vq":
+            tokens = classes.classes(np.arange(vocab_size) % 4 - 1, 3)  # 0, 4 and 8 are frequent.
+            codes = jnp.stack([jnp.resize(ASSIGNMENT, vocab_size + 3)] * 2, axis=1).at[:, 1].add(-1)
+            codes %= 5
+            options |= {"token_bias": token_bias, "token_scale": True, "dtype": dtype}
+            return ClassVQHead(tokens, codes, 5, 8, **options)
     raise ValueError(kind)
 
 
@@ -325,6 +333,65 @@ def test_invalid_labels(kind: str, label: int, h: jax.Array, targets: jax.Array)
     error, _ = jax.jit(checkify.checkify(lambda h, t: head.nll(h, t)))(h, wrong)
     with pytest.raises(checkify.JaxRuntimeError, match=message):
         error.throw()
+
+
+@jax.jit
+def sums_and_gradient(head: Head, h: jax.Array, targets: jax.Array, is_token: jax.Array) -> Any:
+    graphdef, params, buffers = functional.split(head)
+
+    def loss(params: Any, h: jax.Array, z_loss: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return nnx.merge(graphdef, params, buffers).summed_nll(h, targets, is_token, z_loss)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    return gradient(params, h, jnp.float32(0.1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_summed_nll(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    """The sum over tokens with a label: as if nothing else were there."""
+    head = make_head(kind, token_bias=True)
+    targets = targets.at[:, 4].set(IGNORE_ID)
+    is_token = jnp.arange(5) != jnp.asarray([[3], [2]])
+    counts = is_token & (targets != IGNORE_ID)
+    each_nll, each_log_z = jax.jit(lambda head, h: head.nll(h, targets))(head, h)
+    (loss, nll), (d_params, d_h, d_z_loss) = sums_and_gradient(head, h, targets, is_token)
+    chex.assert_type((loss, nll), jnp.float32)
+    squares = np.sum(np.asarray(each_log_z)[counts] ** 2)
+    chex.assert_trees_all_close(nll, np.sum(np.asarray(each_nll)[counts]), rtol=1e-5)
+    chex.assert_trees_all_close(loss, nll + 0.1 * squares, rtol=1e-5)
+    chex.assert_trees_all_close(d_z_loss, squares, rtol=1e-5)
+    plainly = jax.jit(lambda head: head.summed_nll(h, targets, is_token, 0.1))(head)
+    chex.assert_trees_all_close(plainly, (loss, nll), rtol=1e-5)
+
+    others = targets.at[~is_token].set(IGNORE_ID)
+    _, (expected_params, expected_h) = nll_and_gradient(head, h, others)
+    chex.assert_trees_all_close(d_params, expected_params, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(d_h, expected_h, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_summed_nll_of_invalid_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    """As `nll`: an error at once, NaN under jit, nothing where no token is."""
+    head = make_head(kind, token_bias=True)
+    everywhere = jnp.ones((2, 5), bool)
+    wrong = targets.at[1, 2].set(11)
+    with pytest.raises(UserError, match="labels hold 11"):
+        head.summed_nll(h, wrong, everywhere)
+    sums, gradients = sums_and_gradient(head, h, wrong, everywhere)
+    assert all(np.isnan(x) for x in sums)
+    ignored = targets.at[1, 2].set(IGNORE_ID)
+    expected_sums, expected = sums_and_gradient(head, h, ignored, everywhere)
+    chex.assert_trees_all_equal(gradients[:2], expected[:2])
+    elsewhere = everywhere.at[1, 2].set(False)
+    sums, _ = sums_and_gradient(head, h, wrong, elsewhere)
+    chex.assert_trees_all_close(sums, expected_sums, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nll_of_summed_nll_has_no_gradient(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    head = make_head(kind, token_bias=True)
+    nll = jax.grad(lambda h: head.summed_nll(h, targets, jnp.ones((2, 5), bool))[1])
+    assert not np.any(nll(h))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,8 +57,6 @@ def _hidden(model: Transformer, batch: Batch) -> jax.Array:
 def _summed_nll(
     model: Transformer, h_BxTxD: jax.Array, batch: Batch, z_loss: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    nll_BxT, log_z_BxT = model.head.nll(h_BxTxD, batch["targets"])
     is_token_BxT = batch["segment_ids"] != 0
-    nll = jnp.sum(jnp.where(is_token_BxT, nll_BxT, 0.0))
-    z_term = z_loss * jnp.sum(jnp.where(is_token_BxT, log_z_BxT**2, 0.0))
-    return nll + z_term, (nll, jnp.sum(is_token_BxT, dtype=jnp.float32))
+    loss, nll = model.head.summed_nll(h_BxTxD, batch["targets"], is_token_BxT, z_loss)
+    return loss, (nll, jnp.sum(is_token_BxT, dtype=jnp.float32))

@@ -278,6 +278,24 @@ def test_rows_on_several_devices(case: Case, axis_type: AxisType) -> None:
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_device_whose_rows_are_all_banned() -> None:
+    case = Case(64, 8, leading=(3,))
+    x = make(case)
+    x = x._replace(bias=x.bias.at[16:32].set(-jnp.inf), targets=x.targets % 16)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        streamed(case.block, vocab_axes=("rows",)),
+        mesh=mesh,
+        in_specs=(P(), P("rows"), P(), P("rows")),
+        out_specs=P(),
+    )
+    expected = jax.jit(values_and_gradients(streamed(case.block)))(x)
+    chex.assert_tree_all_finite(expected)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(values_and_gradients(sharded))(x)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("block", [0, -1])
 def test_block_must_be_positive(block: int) -> None:
     x = make(CASES["ragged"])

@@ -22,7 +22,8 @@ class Head(nnx.Module, abc.ABC):
     """An output layer. It is given hidden states, never logits.
 
     A head must say its `vocab_size` and `rules`, compute `token_nll` and `logits`, and replaces
-    `top_k` and `sampler` where it can do without V logits.
+    `top_k` and `sampler` where it can do without V logits, and `summed_nll` where a sum is cheaper
+    than its terms.
 
     An optional `logit_soft_cap` bounds the part of a logit that depends on the hidden state, see
     `ops.soft_cap`; everything below is then of the capped logits.
@@ -49,6 +50,31 @@ class Head(nnx.Module, abc.ABC):
         labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
         nll_BxT, log_z_BxT = self.token_nll(h_BxTxD, labels.tokens)
         return labels.mask(nll_BxT), labels.mask(log_z_BxT)
+
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sum of nll + z_loss log(Z)^2, and of nll, over the tokens of a batch: a training loss.
+
+        Args:
+            targets_BxT: as in `nll`; those of IGNORE_ID do not count.
+            is_token_BxT: bool, which positions count, such as those that are no padding.
+            z_loss: coefficient of log(Z)^2.
+
+        Returns:
+            loss, nll: float32 (). nll is there to be reported; its gradient is zero.
+
+        Raises:
+            UserError: as `nll`.
+        """
+        nll_BxT, log_z_BxT = self.nll(h_BxTxD, targets_BxT)
+        nll = jnp.sum(jnp.where(is_token_BxT, nll_BxT, 0.0))
+        z_term = z_loss * jnp.sum(jnp.where(is_token_BxT, log_z_BxT**2, 0.0))
+        return nll + z_term, jax.lax.stop_gradient(nll)
 
     def log_probs(self, h_BxTxD: jax.Array, tokens_BxTxC: jax.Array) -> jax.Array:
         """Log p of C given tokens at each position, float32 (B, T, C). Tokens as in `nll`."""

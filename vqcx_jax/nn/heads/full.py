@@ -12,6 +12,7 @@ from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import softmax
+from vqcx_jax.ops.labels import check_labels
 from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
 
 
@@ -22,7 +23,8 @@ class FullHead(Head):
 
     Args:
         implementation: how the loss is computed: "plain" keeps the logits of all positions,
-            "streamed" holds a block of the vocabulary at a time and computes them twice.
+            "streamed" holds a block of them at a time: of positions for the loss of a batch (see
+            `summed_nll`), of the vocabulary for losses of single tokens.
         weights: float32 (V, D) to start from, or None for random.
     """
 
@@ -60,14 +62,33 @@ class FullHead(Head):
         weights, bias = self._arrays()
         if self.implementation == "plain":
             return softmax.nll(h_BxTxD, weights, tokens_BxT, bias, cap=self.logit_soft_cap)
-        args = [h_BxTxD, weights, tokens_BxT]
-        axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS]
-        if bias is not None:
-            args.append(bias)
-            axes.append(("vocab",))
         vocab_axes = mesh_axes("vocab", self.rules)
         nll = partial(softmax.streamed_nll, cap=self.logit_soft_cap, vocab_axes=vocab_axes)
-        return per_device(nll, axes, (ROWS, ROWS), self.rules)(*args)
+        axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS, ("vocab",)]
+        return per_device(nll, axes, (ROWS, ROWS), self.rules)(h_BxTxD, weights, tokens_BxT, bias)
+
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`. "streamed" makes gradients along with the loss, in one pass."""
+        if self.implementation == "plain":
+            return super().summed_nll(h_BxTxD, targets_BxT, is_token_BxT, z_loss)
+        labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
+        is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
+        counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid
+        weights, bias = self._arrays()
+        vocab_axes, token_axes = (mesh_axes(axis, self.rules) for axis in ("vocab", "batch"))
+        sums = partial(softmax.summed_nll, cap=self.logit_soft_cap, vocab_axes=vocab_axes)
+        axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS, ROWS, ("vocab",), ()]
+        loss, nll = per_device(
+            lambda *args: jax.lax.psum(sums(*args), token_axes), axes, ((), ()), self.rules
+        )(h_BxTxD, weights, labels.tokens, counts_BxT, bias, jnp.asarray(z_loss, jnp.float32))
+        invalid = jnp.where(jnp.any(is_token_BxT & labels.is_invalid), jnp.nan, 0.0)
+        return loss + invalid, nll + invalid
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""
