@@ -1,7 +1,11 @@
 """Output layers side by side: python benchmarks/output_layer.py [--tokens=512] [--vocab 50257].
 
 Training: forward + backward of the mean loss, by the hidden states and all parameters, float32.
-Decoding: one step of one sequence, from its hidden state to a sampled token.
+Decoding: one sequence, in a loop within one program, as in `vqcx_jax.evaluation`. A step is from a
+hidden state to a sampled token, which picks the next hidden state of 256, so that no step can begin
+before the one before it ends. Its time is that of a long loop less that of a short one, over the
+steps between: the call of the program and what `Head.sampler` does once, such as sorting the
+vocabulary, are not in it, and stand in a column of their own ("once").
 All rows of a table run in one process, and each repetition runs every row once, so that a drift of
 the machine hits all alike. Temporary memory is what the compiled program needs beside its arguments
 and results. "Speed" is the median time of the fastest full softmax over that of the row.
@@ -16,7 +20,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from vqcx_jax.config import schema
 from vqcx_jax.nn import functional, heads
+from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import huffman_paths
 
 
@@ -64,6 +70,18 @@ def product_16(sizes: Sizes, expand: bool) -> heads.Head:
     return heads.MultiVQHead(assignment, codes, sizes.dim, **options)
 
 
+def product_16_in_classes(sizes: Sizes) -> heads.Head:
+    """With the sizes that `schema.ClassVQHead` has by default."""
+    rng, codes = np.random.default_rng(0), min(256, sizes.vocab)
+    num_classes, num_frequent, _ = schema.ClassVQHead().sizes(sizes.vocab)
+    rest = rng.permutation(np.arange(sizes.vocab - num_frequent) % num_classes)
+    class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
+    assignment = jnp.asarray(rng.integers(codes, size=(sizes.vocab + num_classes, 16)))
+    tokens = classes.classes(class_of, num_classes)
+    options = {"token_scale": True, "rngs": nnx.Rngs(0)}
+    return heads.ClassVQHead(tokens, assignment, codes, sizes.dim, **options)
+
+
 def full(sizes: Sizes, implementation: Any) -> heads.Head:
     options = {"implementation": implementation, "rngs": nnx.Rngs(0)}
     return heads.FullHead(sizes.vocab, sizes.dim, **options)
@@ -96,10 +114,16 @@ HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
     "VQ M=1, no bias": (lambda s: vq(s, token_bias=False), False),
     "VQ M=1": (lambda s: vq(s, token_bias=True), False),
     "VQ M=2, sqrt(V) codes each": (two_codebooks, False),
+    "VQ product M=16 in classes": (product_16_in_classes, False),
     "VQ product M=16, vectors": (lambda s: product_16(s, expand=True), True),
     "VQ product M=16, codes": (lambda s: product_16(s, expand=False), False),
 }
-DECODERS = ("full (plain jax)", "VQ M=1", "VQ M=2, sqrt(V) codes each", "VQ product M=16, codes")
+DECODERS = (
+    "full (plain jax)",
+    "VQ M=1",
+    "VQ M=2, sqrt(V) codes each",
+    "VQ product M=16 in classes",
+)
 
 
 def random_head(make: Callable[[Sizes], heads.Head], sizes: Sizes) -> heads.Head:
@@ -158,7 +182,7 @@ def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "
             adaptive.zero_grad()
             loss().backward()
 
-        return Step(call)
+        return Step(call=call)
 
     return {name: step(loss) for name, loss in losses.items()}
 
@@ -167,26 +191,34 @@ def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "
 
 
 @dataclasses.dataclass
-class Step:
-    """A call that waits for its result, the bytes that it needs meanwhile, and its times."""
+class Row:
+    """Times in a table, and the text of its last column."""
 
-    call: Callable[[], Any]
-    temporary_bytes: int | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
+    note: str = ""
+
+
+@dataclasses.dataclass
+class Step(Row):
+    """The times of a call that waits for its result."""
+
+    call: Callable[[], Any] = dataclasses.field(kw_only=True)
 
 
 def compile_step(function: Callable[..., Any], *args: Any) -> Step:
     compiled = jax.jit(function).lower(*args).compile()
     memory = compiled.memory_analysis()
-    needed = memory and memory.temp_size_in_bytes
-    return Step(lambda: jax.block_until_ready(compiled(*args)), needed)
+    note = "" if memory is None else f"{memory.temp_size_in_bytes / 1e6:.2f}"
+    return Step(note=note, call=lambda: jax.block_until_ready(compiled(*args)))
 
 
 def training_step(head: heads.Head, h: np.ndarray, targets: np.ndarray) -> Step:
     graphdef, params, buffers = functional.split(head)
 
     def loss(params: Any, h_BxTxD: jax.Array, buffers: Any, targets_BxT: jax.Array) -> jax.Array:
-        return jnp.mean(nnx.merge(graphdef, params, buffers).nll(h_BxTxD, targets_BxT)[0])
+        head = nnx.merge(graphdef, params, buffers)
+        is_token_BxT = jnp.ones_like(targets_BxT, bool)
+        return head.summed_nll(h_BxTxD, targets_BxT, is_token_BxT)[0] / targets_BxT.size
 
     step = jax.value_and_grad(loss, (0, 1))
     return compile_step(step, params, h[None], buffers, targets[None])
@@ -196,9 +228,49 @@ def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
     return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
 
-def decoding_step(head: heads.Head, h: np.ndarray) -> Step:
-    """What depends on neither hidden state nor key, such as a sorted vocabulary, is done before."""
-    return compile_step(head.sampler(), jnp.asarray(h[None, :1]), jax.random.key(0))
+def decoding_loop(head: heads.Head, dim: int) -> Callable[[int], float]:
+    """A function that decodes so many tokens and returns the seconds it took."""
+    graphdef, params, buffers = functional.split(head)
+    states_SxD = jnp.asarray(np.random.default_rng(3).standard_normal((256, dim)), jnp.float32)
+
+    def decode(
+        num_tokens: Any, temperature: Any, params: Any, buffers: Any, states_SxD: Any, key: Any
+    ) -> jax.Array:
+        sample = nnx.merge(graphdef, params, buffers).sampler(temperature=temperature)
+
+        def step(index: Any, token_1x1: jax.Array) -> jax.Array:
+            h_1x1xD = states_SxD[token_1x1 % len(states_SxD)]
+            return sample(h_1x1xD, jax.random.fold_in(key, index))
+
+        return jax.lax.fori_loop(0, num_tokens, step, jnp.zeros((1, 1), jnp.int32))
+
+    args = (jnp.float32(1), params, buffers, states_SxD, jax.random.key(0))
+    compiled = jax.jit(decode).lower(jnp.int32(0), *args).compile()
+
+    def seconds(num_tokens: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(jnp.int32(num_tokens), *args))
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def measure_decoding(loops: dict[str, Callable[[int], float]], repeats: int) -> dict[str, Row]:
+    lengths = dict.fromkeys(loops, 16)
+    for name, seconds in loops.items():
+        seconds(1)
+        while seconds(lengths[name]) < 0.1:
+            lengths[name] *= 2
+    rows, short = {name: Row() for name in loops}, {name: Row() for name in loops}
+    for _ in range(repeats):
+        for name, seconds in loops.items():
+            short[name].seconds.append(seconds(1))
+            longer = seconds(1 + lengths[name]) - short[name].seconds[-1]
+            rows[name].seconds.append(longer / lengths[name])
+    for name, row in rows.items():
+        once = statistics.median(short[name].seconds) - statistics.median(row.seconds)
+        row.note = f"{1e3 * once:.3g}"
+    return rows
 
 
 def measure(rows: dict[str, Step], repeats: int) -> None:
@@ -211,18 +283,17 @@ def measure(rows: dict[str, Step], repeats: int) -> None:
             row.seconds.append(time.perf_counter() - start)
 
 
-def print_table(title: str, rows: dict[str, Step]) -> None:
+def print_table(title: str, note_title: str, rows: Mapping[str, Row]) -> None:
     medians = {name: statistics.median(row.seconds) for name, row in rows.items()}
     full_rows = [median for name, median in medians.items() if name.startswith("full")]
     fastest = min(full_rows, default=math.nan)
-    print(f"\n| {title} | ms, median | min - max | speed | temporary MB |")
+    print(f"\n| {title} | ms, median | min - max | speed | {note_title} |")
     print("|---|---|---|---|---|")
     for name, row in rows.items():
         low, high = 1e3 * min(row.seconds), 1e3 * max(row.seconds)
-        memory = "" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:.2f}"
         print(
             f"| {name} | {1e3 * medians[name]:.3g} | {low:.3g} - {high:.3g} "
-            f"| {fastest / medians[name]:.2f} | {memory} |",
+            f"| {fastest / medians[name]:.2f} | {row.note} |",
             flush=True,
         )
 
@@ -246,10 +317,9 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
             rows |= torch_steps(h, targets, sizes)
     measure(rows, args.repeats)
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print_table("training step", rows)
-    decoders = {name: decoding_step(made[name], h) for name in DECODERS if name in made}
-    measure(decoders, 20 * args.repeats)
-    print_table("decoding step", decoders)
+    print_table("training step", "temporary MB", rows)
+    loops = {name: decoding_loop(made[name], sizes.dim) for name in DECODERS if name in made}
+    print_table("decoding step", "once, ms", measure_decoding(loops, args.repeats))
     return rows
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 from flax import nnx
 
 from vqcx_jax import sharding
@@ -15,6 +16,7 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import MultiVQHead
+from vqcx_jax.ops import sampling
 
 V, D, K = 24, 8, 4
 OWN = jnp.asarray([3, 0, 17])
@@ -179,6 +181,74 @@ def test_expanded_vectors_have_the_gradients_of_codes(h: jax.Array, targets: jax
 
     expanded, codes = loss_and_gradients(True), loss_and_gradients(False)
     chex.assert_trees_all_close(expanded, codes, rtol=1e-5, atol=1e-5)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 2.0},
+    "top_k": {"temperature": 2.0, "top_k": 8},
+    "top_p": {"top_p": 0.7},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("one codebook and own vectors", "temperature"),
+        ("two additive", "temperature"),
+        ("two additive", "top_k"),
+        ("two product, own vectors", "temperature"),
+        ("two product, own vectors", "top_p"),
+        ("two product, scale, own vectors", "temperature"),
+        ("three additive", "temperature"),
+    ],
+)
+def test_samples(name: str, options: str, h: jax.Array) -> None:
+    """Those of the logits, whether or not they are made."""
+    head = make_head(name, logit_soft_cap=2.0)
+    row = h[:1, :1]
+    draw = jax.jit(lambda head, h, key: head.sample(h, key, **OPTIONS[options]))
+    tokens = draw(head, jnp.broadcast_to(row, (20, 500, D)), jax.random.key(0))
+    chex.assert_shape(tokens, (20, 500))
+    chex.assert_type(tokens, jnp.int32)
+    of_logits = jax.jit(lambda z, key: sampling.sample(z, key, **OPTIONS[options]))
+    z = jnp.broadcast_to(head.logits(row), (20, 500, V))
+    others = of_logits(z, jax.random.key(1))
+    counts = np.stack([np.bincount(np.ravel(t), minlength=V) for t in (tokens, others)])
+    counts = counts[:, counts.sum(axis=0) > 0]
+    # A right sampler fails once in 10^4.
+    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-4
+
+
+def test_no_v_logits_for_a_sample(h: jax.Array) -> None:
+    """Of two codebooks with 24 tokens, nothing that a position has is that large."""
+
+    def largest(name: str, **options: Any) -> int:
+        head = make_head(name)
+        rows = jnp.broadcast_to(h[:1, :1], (100, 10, D))
+        jaxpr = jax.make_jaxpr(lambda h, key: head.sample(h, key, **options))(
+            rows, jax.random.key(0)
+        )
+        return max(var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars)
+
+    assert largest("two additive") == 1000 * K * K
+    assert largest("two additive", top_p=0.5) >= 1000 * V
+    assert largest("three additive") >= 1000 * V
+
+
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+@pytest.mark.parametrize("name", ["two additive", "two product, own vectors", "three additive"])
+def test_samples_on_a_mesh(name: str, axis_type: str, h: jax.Array) -> None:
+    rules = ShardingRules(codes=("tensor",), batch=())
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    head = make_head(name, rules)
+    sample = jax.jit(lambda head, h: head.sample(h, jax.random.key(0)))
+    expected = sample(head, h)
+    graphdef, *arrays = functional.split(head)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(tuple(arrays), functional.shardings(head, mesh, rules))
+        batch = jax.device_put(h, sharding.named_sharding(mesh, ("batch", None, None), rules))
+        actual = sample(nnx.merge(graphdef, *arrays), batch)
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_initial_values() -> None:

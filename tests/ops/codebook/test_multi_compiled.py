@@ -5,12 +5,13 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from multi_cases import Case, Inputs, definition, loss_from_h, make, values_and_gradients
 
-from vqcx_jax.ops.codebook import bilinear, streaming
+from vqcx_jax.ops.codebook import bilinear, multi, streaming
 
 PATHS = {"bilinear": bilinear.nll, "streaming": streaming.nll}
 
@@ -28,6 +29,25 @@ def test_no_large_temporaries(path: str) -> None:
     dense = 4 * 512 * 20_000
     assert temporary_bytes(definition("additive")) >= dense
     assert temporary_bytes(loss_from_h(PATHS[path], "additive")) < dense / 5
+
+
+def test_product_codes_are_held_a_few_times() -> None:
+    """Code logits and their gradients, and not as often as there are codebooks."""
+    n, num_codebooks, num_codes = 128, 16, 64
+
+    def loss(h: jax.Array, codebooks: jax.Array, assignment: Any, targets: Any) -> jax.Array:
+        code_logits = multi.product_code_logits(h, codebooks)
+        return jnp.sum(streaming.nll(code_logits, assignment, targets)[0])
+
+    arguments = (
+        jnp.zeros((n, 64)),
+        jnp.zeros((num_codebooks, num_codes, 4)),
+        jnp.zeros((2000, num_codebooks), jnp.int32),
+        jnp.zeros((n,), jnp.int32),
+    )
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+    of_code_logits = 4 * n * num_codebooks * num_codes
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * of_code_logits
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])

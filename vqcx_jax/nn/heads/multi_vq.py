@@ -8,11 +8,11 @@ from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Head
+from vqcx_jax.nn.heads.base import Head, Sampler
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import soft_cap, softmax
-from vqcx_jax.ops.codebook import check_codes, loss, multi
+from vqcx_jax.ops.codebook import check_codes, loss, multi, sampling
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 Form = Literal["additive", "product"]
@@ -93,8 +93,8 @@ class MultiVQHead(Head):
         if token_scale:
             scale = jnp.ones((vocab_size,), jnp.float32) if scale is None else scale
             self.scale = param(scale, (None,), decay=False)
-        closes = num_codebooks <= 2 and not token_scale
-        self.expands = not closes and expand_vectors is not False and logit_soft_cap is None
+        self.closes = num_codebooks <= 2 and not token_scale
+        self.expands = not self.closes and expand_vectors is not False and logit_soft_cap is None
         self.form: Form = form
         self.has_own = own_tokens is not None
         self.has_bias = token_bias
@@ -130,6 +130,34 @@ class MultiVQHead(Head):
             return (loss.logits(code_logits, arrays["assignment"], bias, scale, own),)
 
         return per_device(logits, [HIDDEN, ()], [HIDDEN], self.rules)(h_BxTxD, self._arrays())[0]
+
+    def sampler(
+        self,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_k: int | None = None,
+        top_p: float | jax.Array | None = None,
+    ) -> Sampler:
+        """See `Head.sampler`. Without V logits if the loss closes; top_k and top_p take them."""
+        if top_k is not None or top_p is not None or not self.closes:
+            return super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        arrays = self._arrays()
+        bias = arrays.get("bias", jnp.zeros((self.vocab_size,), jnp.float32))
+        num_codebooks, num_codes, _ = self.codebooks.shape
+        draw = sampling.cell_sampler(
+            arrays["assignment"],
+            (num_codes,) * num_codebooks,
+            bias,
+            arrays.get("own_tokens"),
+            temperature,
+        )
+
+        def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+            code_logits, own = self._code_logits(h_BxTxD, arrays)
+            own_logits = None if own is None else own.logits + bias[own.tokens]
+            return draw(code_logits, own_logits, key)
+
+        return sample
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """The vectors of the tokens, (B, T, D): an input embedding tied to the output layer."""

@@ -31,7 +31,7 @@ def additive_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLo
         M arrays, float32 (..., K_m).
     """
     # One product, so that the gradient by a bfloat16 h is rounded once and not M times.
-    joined = closed_form.code_logits(h, jnp.concatenate(list(codebooks)))
+    joined = closed_form.code_logits(h, jnp.concatenate(codebooks))
     ends = list(itertools.accumulate(len(codes) for codes in codebooks))
     return tuple(jnp.split(joined, ends[:-1], axis=-1))
 
@@ -56,7 +56,8 @@ def product_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLog
         stacked = jnp.einsum(
             "...md,mkd->m...k", h_xMxD, jnp.stack(codebooks), preferred_element_type=jnp.float32
         )
-        return tuple(stacked)
+        # Not tuple(stacked): the gradient of M slices is a sum of M arrays as large as the whole.
+        return tuple(jnp.unstack(stacked))
     slices = jnp.split(h, list(itertools.accumulate(widths))[:-1], axis=-1)
     return tuple(map(closed_form.code_logits, slices, codebooks))
 
@@ -113,12 +114,28 @@ def target_logits(
     codes = assignment[targets]
     z = jnp.zeros(targets.shape, jnp.float32)
     for m, l in enumerate(code_logits):
-        # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
-        is_target = jnp.arange(l.shape[-1]) == codes[..., m, None]
-        z = z + jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
+        z = z + _pick(l, codes[..., m])
     if scale is not None:
         z = z * scale.astype(jnp.float32)[targets]
     return z if bias is None else z + bias.astype(jnp.float32)[targets]
+
+
+@jax.custom_vjp
+def _pick(l: jax.Array, code: jax.Array) -> jax.Array:
+    """l[..., code], for l (..., K) and code (...). Its gradient is dense, and not a scatter."""
+    return jnp.take_along_axis(l, code[..., None], axis=-1)[..., 0]
+
+
+def _pick_forward(l: jax.Array, code: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _pick(l, code), (l, code)
+
+
+def _pick_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    l, code = residuals
+    return jnp.where(jnp.arange(l.shape[-1]) == code[..., None], g[..., None], 0.0), None
+
+
+_pick.defvjp(_pick_forward, _pick_backward)
 
 
 def check_assignment(code_logits: CodeLogits, assignment: jax.Array) -> None:

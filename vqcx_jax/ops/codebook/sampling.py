@@ -1,4 +1,4 @@
-"""Tokens from K code logits: the k most probable ones, and one drawn, without V logits.
+"""Tokens from code logits: the k most probable ones, and one drawn, without V logits.
 
 Tokens of a code share its logit, so that within a code the order of tokens is that of their
 biases and their distribution is softmax(bias / temperature), whatever the hidden state. Both are
@@ -9,7 +9,7 @@ its own code and the best of r others; so k (k + 1) / 2 tokens of k codes hold t
 
 `sampler`. p(v) = p(code) p(v | code): the code by its summed probability, then the token by a
 binary search in the code's cumulative sums. Sums start anew in every code: those of one code would
-drown in the roundings of a sum over all V.
+drown in the roundings of a sum over all V. `cell_sampler` does the same for two codebooks.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqcx_jax.ops.codebook.multi import CodeLogits
 from vqcx_jax.ops.sampling.categorical import check_k
 
 
@@ -122,7 +123,110 @@ def sampler(
         (code_logits, key) -> tokens: float32 (..., K), a typed PRNG key, int32 (...).
     """
     temperature = jnp.asarray(temperature, jnp.float32)
-    divisor = jnp.where(temperature > 0, temperature, 1.0)
+    divisor = _divisor(temperature)
+    log_mass, draw_within = _within(table, divisor)
+
+    def draw(code_logits: jax.Array, key: jax.Array) -> jax.Array:
+        code_key, token_key = jax.random.split(key)
+        best = code_logits + table.best_bias
+        relative = best - jnp.max(best, axis=-1, keepdims=True)
+        code = jax.random.categorical(code_key, relative / divisor + log_mass)
+        greedy = top_k(code_logits, table, 1)[1][..., 0]
+        return jnp.where(temperature > 0, draw_within(code, token_key), greedy)
+
+    return draw
+
+
+def cell_sampler(
+    assignment: jax.Array,
+    num_codes: tuple[int, ...],
+    bias: jax.Array,
+    own_tokens: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+) -> Callable[[CodeLogits, jax.Array | None, jax.Array], jax.Array]:
+    """`sampler` for two codebooks, or one, beside tokens with logits of their own.
+
+    Tokens of a cell, those that share all codes, take the place of those of a code: a cell is drawn
+    by its row, the first code, and then its column. K1 K2 numbers per position stand for V.
+
+    Args:
+        assignment: int (V, M), column m in [0, num_codes[m]); M = 1 or 2.
+        bias: float32 (V,).
+        own_tokens: int (T,), distinct tokens whose codes are not used; None: none.
+        temperature: 0: the lowest token of the largest of the V logits, whatever the key.
+
+    Returns:
+        (code_logits, own_logits, key) -> tokens: M arrays float32 (..., K_m); float32 (..., T)
+        with biases, or None without own tokens; a typed PRNG key; int32 (...).
+    """
+    vocab_size, (num_rows, num_columns) = len(bias), (*num_codes, 1)[:2]
+    cells = assignment[:, 0]
+    if len(num_codes) == 2:
+        cells = cells * num_columns + assignment[:, 1]
+    if own_tokens is not None:
+        bias = bias.at[own_tokens].set(-jnp.inf)
+    table = token_table(cells, num_rows * num_columns, bias)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    divisor = _divisor(temperature)
+    log_mass, draw_within = _within(table, divisor)
+    first_token = table.tokens[jnp.minimum(table.starts, vocab_size - 1)]
+    best_bias_IxJ, log_mass_IxJ, first_token_IxJ = (
+        x.reshape(num_rows, num_columns) for x in (table.best_bias, log_mass, first_token)
+    )
+
+    def cell_logits(
+        code_logits: CodeLogits, own_logits: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of the best token of each cell, (..., I, J), and the largest of all, (...)."""
+        best = code_logits[0][..., :, None]
+        if len(code_logits) == 2:
+            best = best + code_logits[1][..., None, :]
+        best = best + best_bias_IxJ
+        peak = jnp.max(best, axis=(-2, -1))
+        if own_logits is not None:
+            peak = jnp.maximum(peak, jnp.max(own_logits, axis=-1))
+        return best, peak
+
+    def draw(code_logits: CodeLogits, own_logits: jax.Array | None, key: jax.Array) -> jax.Array:
+        row_key, column_key, token_key = jax.random.split(key, 3)
+        best, peak = cell_logits(code_logits, own_logits)
+        tempered = (best - peak[..., None, None]) / divisor + log_mass_IxJ
+        log_mass_of_rows = jnp.log(jnp.sum(jnp.exp(tempered), axis=-1))
+        if own_logits is not None:  # As rows without columns.
+            own = (own_logits - peak[..., None]) / divisor
+            log_mass_of_rows = jnp.concatenate([log_mass_of_rows, own], axis=-1)
+        row = jax.random.categorical(row_key, log_mass_of_rows)
+        row_of_codes = jnp.minimum(row, num_rows - 1)
+        columns = jnp.take_along_axis(tempered, row_of_codes[..., None, None], axis=-2)
+        column = jax.random.categorical(column_key, columns[..., 0, :])
+        token = draw_within(row_of_codes * num_columns + column, token_key)
+        if own_tokens is not None:
+            token = jnp.where(row < num_rows, token, own_tokens[row - num_rows])
+        return token
+
+    def greedy(code_logits: CodeLogits, own_logits: jax.Array | None, key: jax.Array) -> jax.Array:
+        best, peak = cell_logits(code_logits, own_logits)
+        is_best = best == peak[..., None, None]
+        token = jnp.min(jnp.where(is_best, first_token_IxJ, vocab_size), axis=(-2, -1))
+        if own_tokens is not None and own_logits is not None:
+            of_own = jnp.where(own_logits == peak[..., None], own_tokens, vocab_size)
+            token = jnp.minimum(token, jnp.min(of_own, axis=-1))
+        return token
+
+    return lambda *args: jax.lax.cond(temperature > 0, draw, greedy, *args)
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    return jnp.where(temperature > 0, temperature, 1.0)
+
+
+def _within(
+    table: TokenTable, divisor: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Of each code the log of its summed exp((bias - best bias) / divisor), float32 (K,).
+
+    And a function that draws a token of given codes: (int (...), key) -> int32 (...).
+    """
     mass = jnp.exp((table.bias - table.best_bias[table.codes]) / divisor)
     cumulative = _cumulative_within(mass, table.codes)
     # Masses descend: those that are not zero are the first ones of their code. (Of a code whose
@@ -131,17 +235,11 @@ def sampler(
     last = jnp.maximum(table.starts + num_drawable - 1, 0)
     total = jnp.where(num_drawable > 0, cumulative[last], 0.0)
 
-    def draw(code_logits: jax.Array, key: jax.Array) -> jax.Array:
-        code_key, token_key = jax.random.split(key)
-        best = code_logits + table.best_bias
-        relative = best - jnp.max(best, axis=-1, keepdims=True)
-        code = jax.random.categorical(code_key, relative / divisor + jnp.log(total))
-        target = jax.random.uniform(token_key, code.shape) * total[code]
-        place = _first_above(cumulative, target, table.starts[code], last[code])
-        greedy = top_k(code_logits, table, 1)[1][..., 0]
-        return jnp.where(temperature > 0, table.tokens[place], greedy)
+    def draw(code: jax.Array, key: jax.Array) -> jax.Array:
+        target = jax.random.uniform(key, code.shape) * total[code]
+        return table.tokens[_first_above(cumulative, target, table.starts[code], last[code])]
 
-    return draw
+    return jnp.log(total), draw
 
 
 def _first_of_sorted(z: jax.Array, tokens: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -1,14 +1,14 @@
-"""Any number of codebooks, V logits at a time never: the vocabulary passes in blocks.
+"""Any number of codebooks, V logits at a time never: positions and vocabulary pass in blocks.
 
-A block's logits are sums of M rows of the transposed code logits, table_SxN with S = sum_m K_m,
-times the tokens' scales: rows are gathered whole, so the inner loop runs over positions, which lie
-side by side. Forward keeps a running maximum and a running sum; backward gathers each block again.
-Exact, float32 throughout: N V (M + one exponential) operations forward and twice that backward.
+A block's logits are sums of M rows of transposed code logits, (K_m, P) for P positions, times the
+tokens' scales: rows are gathered whole, so the inner loop runs over positions, which lie side by
+side. Forward keeps a running maximum and a running sum; backward gathers each block again and adds
+it to the rows it came from. Exact, float32 throughout: N V (M + one exponential) operations forward
+and twice that backward.
 """
 
 import functools
-import itertools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,22 @@ import jax.numpy as jnp
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.varying import varying_like
 
-# A block has this many logits, so that it stays in a cache, or this many tokens, whichever is more.
-_BLOCK_LOGITS = 2**18
-_BLOCK_TOKENS = 128
+# Rows of 64 positions are four cache lines, and 4096 of them (16 codebooks of 256) 1 MB: they stay
+# in a cache. (32 take 12% longer, 128 as long and more memory.) XLA on CPUs leaves blocks of fewer
+# than 2048 tokens to one core.
+_BLOCK_POSITIONS = 64
+_BLOCK_TOKENS = 2048
 
-_Operands = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+_Operands = tuple[multi.CodeLogits, jax.Array, jax.Array | None, jax.Array | None]
 _Residuals = tuple[_Operands, jax.Array, jax.Array]
+_PerToken = tuple[jax.Array | None, jax.Array]  # Of scale and bias, (B, C).
+_Tree = TypeVar("_Tree")
 
 
 class _Blocks(NamedTuple):
-    """Blocks of C tokens: rows of the table int (B, C, M), scale and bias (B, C)."""
+    """Blocks of C tokens: codes int (B, M, C), scale and bias (B, C)."""
 
-    rows: jax.Array
+    codes: jax.Array
     scale: jax.Array | None
     bias: jax.Array
 
@@ -52,14 +56,11 @@ def log_z(
     """
     multi.check_assignment(code_logits, assignment)
     leading = code_logits[0].shape[:-1]
-    sizes = [l.shape[-1] for l in code_logits]
-    first_rows = [0, *itertools.accumulate(sizes)][:-1]
-    table_SxN = jnp.concatenate([l.reshape(-1, l.shape[-1]) for l in code_logits], axis=-1).T
+    rows = tuple(l.reshape(-1, l.shape[-1]) for l in code_logits)
     bias, scale = (
-        None if x is None else varying_like(x.astype(jnp.float32), table_SxN) for x in (bias, scale)
+        None if x is None else varying_like(x.astype(jnp.float32), rows[0]) for x in (bias, scale)
     )
-    rows_VxM = assignment + jnp.asarray(first_rows, assignment.dtype)
-    return _log_z(table_SxN, rows_VxM, scale, bias).reshape(leading)
+    return _log_z(rows, assignment, scale, bias).reshape(leading)
 
 
 def nll(
@@ -86,93 +87,137 @@ def nll(
 
 @jax.custom_vjp
 def _log_z(
-    table_SxN: jax.Array,
-    rows_VxM: jax.Array,
+    code_logits: multi.CodeLogits,
+    assignment_VxM: jax.Array,
     scale_V: jax.Array | None,
     bias_V: jax.Array | None,
 ) -> jax.Array:
-    return _forward(table_SxN, rows_VxM, scale_V, bias_V)[0]
+    return _forward(code_logits, assignment_VxM, scale_V, bias_V)[0]
 
 
 def _forward(
-    table_SxN: jax.Array,
-    rows_VxM: jax.Array,
+    code_logits: multi.CodeLogits,
+    assignment_VxM: jax.Array,
     scale_V: jax.Array | None,
     bias_V: jax.Array | None,
 ) -> tuple[jax.Array, _Residuals]:
-    def add_block(
-        carry: tuple[jax.Array, jax.Array], block: _Blocks
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        peak_N, sum_N = carry
-        z_CxN = _logits(block, _sums(block, table_SxN))
-        new_peak_N = jnp.maximum(peak_N, jnp.max(z_CxN, axis=0))
-        # Until a token that is not banned by bias = -inf comes, the peak is -inf.
-        shift_N = jnp.where(new_peak_N == -jnp.inf, 0.0, new_peak_N)
-        block_sum_N = jnp.sum(jnp.exp(z_CxN - shift_N), axis=0)
-        return (new_peak_N, sum_N * jnp.exp(peak_N - shift_N) + block_sum_N), None
+    num_positions = len(code_logits[0])
+    blocks = _token_blocks(assignment_VxM, scale_V, bias_V)
 
-    start = (jnp.full_like(table_SxN[0], -jnp.inf), jnp.zeros_like(table_SxN[0]))
-    blocks = _blocks(rows_VxM, scale_V, bias_V, table_SxN.shape[1])
-    (peak_N, sum_N), _ = jax.lax.scan(add_block, start, blocks)
+    def peak_and_sum(code_logits: multi.CodeLogits) -> tuple[jax.Array, jax.Array]:
+        tables = _transposed(code_logits)
+
+        def add_block(
+            carry: tuple[jax.Array, jax.Array], block: _Blocks
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            peak_P, sum_P = carry
+            z_CxP = _logits(block, _sums(block, tables))
+            new_peak_P = jnp.maximum(peak_P, jnp.max(z_CxP, axis=0))
+            # Until a token that is not banned by bias = -inf comes, the peak is -inf.
+            shift_P = jnp.where(new_peak_P == -jnp.inf, 0.0, new_peak_P)
+            block_sum_P = jnp.sum(jnp.exp(z_CxP - shift_P), axis=0)
+            return (new_peak_P, sum_P * jnp.exp(peak_P - shift_P) + block_sum_P), None
+
+        start = (jnp.full_like(tables[0][0], -jnp.inf), jnp.zeros_like(tables[0][0]))
+        return jax.lax.scan(add_block, start, blocks)[0]
+
+    of_blocks = jax.lax.map(peak_and_sum, _position_blocks(code_logits))
+    peak_N, sum_N = (x.reshape(-1)[:num_positions] for x in of_blocks)
     # log Z in two parts: exp(z - peak) / sum keeps its digits where exp(z - log Z) would not.
-    return peak_N + jnp.log(sum_N), ((table_SxN, rows_VxM, scale_V, bias_V), peak_N, sum_N)
+    operands = (code_logits, assignment_VxM, scale_V, bias_V)
+    return peak_N + jnp.log(sum_N), (operands, peak_N, sum_N)
 
 
 def _backward(
     residuals: _Residuals, g_N: jax.Array
-) -> tuple[jax.Array, None, jax.Array | None, jax.Array | None]:
-    (table_SxN, rows_VxM, scale_V, bias_V), peak_N, sum_N = residuals
-    scale_N = g_N / sum_N
+) -> tuple[multi.CodeLogits, None, jax.Array | None, jax.Array | None]:
+    (code_logits, assignment_VxM, scale_V, bias_V), peak_N, sum_N = residuals
+    blocks = _token_blocks(assignment_VxM, scale_V, bias_V)
 
-    def add_block(
-        d_table_SxN: jax.Array, block: _Blocks
-    ) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
-        sums_CxN = _sums(block, table_SxN)
-        d_z_CxN = scale_N * jnp.exp(_logits(block, sums_CxN) - peak_N)
-        d_bias_C = jnp.sum(d_z_CxN, axis=1)
-        d_scale_C = None
-        if block.scale is not None:
-            d_scale_C = jnp.sum(d_z_CxN * sums_CxN, axis=1)
-            d_z_CxN = d_z_CxN * block.scale[:, None]
-        for m in range(rows_VxM.shape[1]):
-            d_table_SxN = d_table_SxN.at[block.rows[:, m]].add(d_z_CxN)
-        return d_table_SxN, (d_scale_C, d_bias_C)
+    def add_positions(
+        d_tokens: _PerToken, positions: tuple[multi.CodeLogits, jax.Array, jax.Array]
+    ) -> tuple[_PerToken, multi.CodeLogits]:
+        code_logits, peak_P, weight_P = positions
+        tables = _transposed(code_logits)
 
-    blocks = _blocks(rows_VxM, scale_V, bias_V, table_SxN.shape[1])
-    d_table_SxN, d_tokens = jax.lax.scan(add_block, jnp.zeros_like(table_SxN), blocks)
+        def add_block(
+            d_tables: multi.CodeLogits, block: _Blocks
+        ) -> tuple[multi.CodeLogits, _PerToken]:
+            sums_CxP = _sums(block, tables)
+            e_CxP = jnp.exp(_logits(block, sums_CxP) - peak_P)
+            d_bias_C = jnp.sum(e_CxP * weight_P, axis=1)
+            d_scale_C = None
+            if block.scale is not None:
+                d_scale_C = jnp.sum(e_CxP * weight_P * sums_CxP, axis=1)
+                e_CxP = e_CxP * block.scale[:, None]
+            # As many tables as codebooks, and not one: XLA scatters to several at the same time.
+            d_tables = tuple(
+                d.at[codes].add(e_CxP) for d, codes in zip(d_tables, block.codes, strict=True)
+            )
+            return d_tables, (d_scale_C, d_bias_C)
+
+        zeros = tuple(map(jnp.zeros_like, tables))
+        d_tables, d_these = jax.lax.scan(add_block, zeros, blocks)
+        d_code_logits = tuple((d * weight_P).T for d in d_tables)
+        return jax.tree.map(jnp.add, d_tokens, d_these), d_code_logits
+
+    positions = _position_blocks((code_logits, peak_N, g_N / sum_N))
+    zeros = jax.tree.map(
+        lambda x: varying_like(jnp.zeros_like(x), g_N), (blocks.scale, blocks.bias)
+    )
+    d_tokens, d_blocks = jax.lax.scan(add_positions, zeros, positions)
+    d_code_logits = tuple(d.reshape(-1, d.shape[-1])[: len(g_N)] for d in d_blocks)
     d_scale_V, d_bias_V = (
-        None if like is None or d is None else d.reshape(-1)[: len(rows_VxM)]
+        None if like is None or d is None else d.reshape(-1)[: len(assignment_VxM)]
         for d, like in zip(d_tokens, (scale_V, bias_V), strict=True)
     )
-    return d_table_SxN, None, d_scale_V, d_bias_V
+    return d_code_logits, None, d_scale_V, d_bias_V
 
 
 _log_z.defvjp(_forward, _backward)
 
 
-def _blocks(
-    rows_VxM: jax.Array, scale_V: jax.Array | None, bias_V: jax.Array | None, num_positions: int
+def _token_blocks(
+    assignment_VxM: jax.Array, scale_V: jax.Array | None, bias_V: jax.Array | None
 ) -> _Blocks:
-    """Tokens in blocks of equal size; the last one is filled up with impossible tokens."""
-    v, m = rows_VxM.shape
-    size = min(v, max(_BLOCK_LOGITS // num_positions, _BLOCK_TOKENS))
-    num_blocks = -(-v // size)
-    missing = num_blocks * size - v
-    bias_V = jnp.zeros((v,), jnp.float32) if bias_V is None else bias_V
-    rows = jnp.pad(rows_VxM, ((0, missing), (0, 0))).reshape(num_blocks, size, m)
-    bias = jnp.pad(bias_V, (0, missing), constant_values=-jnp.inf).reshape(num_blocks, size)
-    if scale_V is None:
-        return _Blocks(rows, None, bias)
-    return _Blocks(rows, jnp.pad(scale_V, (0, missing)).reshape(num_blocks, size), bias)
+    """Tokens in blocks; the last one is filled up with impossible tokens."""
+    vocab_size = len(assignment_VxM)
+    size = min(vocab_size, _BLOCK_TOKENS)
+    if bias_V is None:
+        bias_V = jnp.zeros((vocab_size,), jnp.float32)
+    return _Blocks(
+        codes=_blocked(assignment_VxM, size).swapaxes(1, 2),
+        scale=None if scale_V is None else _blocked(scale_V, size),
+        bias=_blocked(bias_V, size, -jnp.inf),
+    )
 
 
-def _sums(block: _Blocks, table_SxN: jax.Array) -> jax.Array:
-    """Code logits summed over codebooks, (C, N)."""
-    columns = range(block.rows.shape[1])
-    return functools.reduce(jnp.add, (table_SxN[block.rows[:, m]] for m in columns))
+def _position_blocks(per_position: _Tree) -> _Tree:
+    """A tree of (N, ...) in blocks, of much the same size; the last one is filled up with zeros."""
+    num_positions = len(jax.tree.leaves(per_position)[0])
+    num_blocks = -(-num_positions // _BLOCK_POSITIONS)
+    size = -(-num_positions // num_blocks)
+    return jax.tree.map(lambda x: _blocked(x, size), per_position)
 
 
-def _logits(block: _Blocks, sums_CxN: jax.Array) -> jax.Array:
+def _blocked(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
+    """(n, ...) as (n / size, size, ...), rounded up and filled up."""
+    padding = [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding, constant_values=fill).reshape(-1, size, *x.shape[1:])
+
+
+def _transposed(code_logits: multi.CodeLogits) -> multi.CodeLogits:
+    """(K_m, P) from (P, K_m)."""
+    return tuple(l.T for l in code_logits)
+
+
+def _sums(block: _Blocks, tables: multi.CodeLogits) -> jax.Array:
+    """Code logits summed over codebooks, (C, P)."""
+    rows = (table[codes] for table, codes in zip(tables, block.codes, strict=True))
+    return functools.reduce(jnp.add, rows)
+
+
+def _logits(block: _Blocks, sums_CxP: jax.Array) -> jax.Array:
     if block.scale is not None:
-        sums_CxN = sums_CxN * block.scale[:, None]
-    return sums_CxN + block.bias[:, None]
+        sums_CxP = sums_CxP * block.scale[:, None]
+    return sums_CxP + block.bias[:, None]
