@@ -218,6 +218,22 @@ def test_no_bias_is_zero_bias_and_delta_is_broadcast() -> None:
     expected = euler_adapt(x, each_head, jnp.zeros((2, 3)))
     chex.assert_trees_all_equal(euler_adapt(x, delta), expected)
     chex.assert_trees_all_equal(euler_adapt(x, each_head), expected)
+    chex.assert_trees_all_equal(
+        euler_adapt(x, jnp.full(1, 0.5), jnp.full(1, 2.0)),
+        euler_adapt(x, jnp.full((2, 3), 0.5), jnp.full((2, 3), 2.0)),
+    )
+
+
+def test_gradients_of_shared_parameters_are_sums_over_heads() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 2, 6))
+    delta, bias = jnp.asarray([0.5, 1.0, 2.0]), jnp.asarray([0.1, -0.2, 3.0])
+
+    def gradients(delta: jax.Array, bias: jax.Array) -> Any:
+        return jax.grad(lambda d, b: jnp.sum(euler_adapt(x, d, b) ** 3), (0, 1))(delta, bias)
+
+    each = gradients(*(jnp.broadcast_to(p, (2, 3)) for p in (delta, bias)))
+    summed = jax.tree.map(lambda g: g.sum(0), each)
+    chex.assert_trees_all_close(gradients(delta, bias), summed, rtol=1e-5)
 
 
 def test_amplitude_is_kept() -> None:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqcx_jax.errors import UserError
 from vqcx_jax.ops.attention import rope_frequencies, rotary_table, rotate
 
 
@@ -16,6 +17,23 @@ def test_frequencies(head_dim: int, base: float) -> None:
     assert actual.dtype == jnp.float32
     # An exponent of up to ln(base) = 13 is rounded by 13 * 2^-24.
     chex.assert_trees_all_close(actual, np.asarray(expected, np.float32), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fraction", "num_turning"),
+    [(64, 1.0, 32), (64, 0.75, 24), (6, 0.5, 1), (6, 0.67, 2), (8, 0.0, 0)],
+)
+def test_fraction_of_planes(head_dim: int, fraction: float, num_turning: int) -> None:
+    """The highest frequencies stay what they are in RoPE; the others are 0."""
+    actual = rope_frequencies(head_dim, fraction=fraction)
+    np.testing.assert_array_equal(actual[:num_turning], rope_frequencies(head_dim)[:num_turning])
+    np.testing.assert_array_equal(actual[num_turning:], 0.0)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_fraction_is_refused(fraction: float) -> None:
+    with pytest.raises(UserError, match=r"fraction=.*: must be in \[0, 1\]"):
+        rope_frequencies(8, fraction=fraction)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
@@ -45,6 +63,20 @@ def test_one_table_for_all_rows() -> None:
     cos, sin = rotary_table(jnp.arange(3), rope_frequencies(6))
     every_row = [jnp.broadcast_to(table, (2, 3, 3)) for table in (cos, sin)]
     chex.assert_trees_all_equal(rotate(x, cos, sin), rotate(x, *every_row))
+
+
+def test_table_of_each_key_head() -> None:
+    """Query heads 0 to 2 turn as key head 0, 3 to 5 as key head 1."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6, 8))
+    positions = jnp.asarray([[0, 1, 2], [7, 8, 9]])
+    frequencies = jnp.stack([rope_frequencies(8), rope_frequencies(8, 50.0)])
+    table = rotary_table(positions, frequencies)
+    chex.assert_shape(table, (2, 3, 2, 4))
+    actual = rotate(x, *table)
+    for head in range(6):
+        shared = rotary_table(positions, frequencies[head // 3])
+        expected = rotate(x[:, :, [head]], *shared)
+        chex.assert_trees_all_equal(actual[:, :, [head]], expected)
 
 
 def test_bfloat16_positions_stay_apart() -> None:

@@ -9,26 +9,29 @@ q' or k' out of raw q or k; `reference.complex_scores` is the formula that it mu
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.attention.planes import from_pair, to_pair
+
 
 def euler_adapt(x: jax.Array, delta: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Mu exp(i (delta theta + bias)) for every plane, with mu, theta the polar form of the plane.
 
     Args:
         x: (..., H, d) queries or keys; plane i is (x[i], x[i + d/2]).
-        delta: (H, P) or (P,), P = d/2.
-        bias: same shape, in radians, or None for zero (keys).
+        delta: (H, P), P = d/2; or (P,), shared by the heads, or (1,), by all planes, too, as in
+            EulerFormer.
+        bias: (H, P), (P,) or (1,), in radians, or None for zero (keys).
 
     Returns:
         (..., H, d) in x's dtype; the arithmetic is float32.
 
     Values and gradients are finite everywhere, x = 0 included, where theta is taken to be 0 (there
     are no second derivatives there).
-    For non-integer delta the function jumps where theta crosses +-pi (the published form has it).
+    For non-integer delta the function jumps where theta crosses +-pi (the published form has it;
+    `smooth` and `harmonics` have not).
     """
-    real, imag = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     delta = delta.astype(jnp.float32)
     bias = jnp.zeros_like(delta) if bias is None else bias.astype(jnp.float32)
-    return jnp.concatenate(_polar_power(real, imag, delta, bias), axis=-1).astype(x.dtype)
+    return from_pair(_polar_power(*to_pair(x), delta, bias)).astype(x.dtype)
 
 
 @jax.custom_jvp

@@ -8,11 +8,31 @@ m - n only (Su et al. 2021, "RoFormer").
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops.attention.planes import from_pair, multiply, table_for_heads, to_pair
 
-def rope_frequencies(head_dim: int, base: float = 10_000.0) -> jax.Array:
-    """omega_i = base^(-2i/head_dim) for i < head_dim/2, float32 (P,), in radians per position."""
+
+def rope_frequencies(head_dim: int, base: float = 10_000.0, *, fraction: float = 1.0) -> jax.Array:
+    """omega_i = base^(-2i/head_dim) for i < head_dim/2, in radians per position.
+
+    Args:
+        head_dim: d, even.
+        base: the longest wavelength, over 2 pi.
+        fraction: of the planes, the share that turns: floor(fraction * head_dim) // 2 of them. The
+            others, of the lowest frequencies, get 0 and carry content only (p-RoPE, Barbero et
+            al. 2024); 0 is no positions at all (NoPE).
+
+    Returns:
+        float32 (P,).
+
+    Raises:
+        UserError: fraction is not in [0, 1].
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise UserError(f"fraction={fraction}: must be in [0, 1]")
     planes = jnp.arange(head_dim // 2, dtype=jnp.float32)
-    return base ** (-2.0 * planes / head_dim)
+    num_turning = int(fraction * head_dim) // 2
+    return jnp.where(planes < num_turning, base ** (-2.0 * planes / head_dim), 0.0)
 
 
 def rotary_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -21,12 +41,13 @@ def rotary_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Arra
     Args:
         positions: integer or float (..., T). Angles are float32 whatever the model's dtype:
             bfloat16 would round position 257 to 256.
-        frequencies: float32 (P,).
+        frequencies: float32 (P,), or (K, P) for frequencies of each key head.
 
     Returns:
-        cos, sin: float32 (..., T, P).
+        cos, sin: float32 (..., T, P), or (..., T, K, P).
     """
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    positions = positions.astype(jnp.float32)
+    angles = jnp.expand_dims(positions, tuple(range(-frequencies.ndim, 0))) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -35,11 +56,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
     Args:
         x: (B, T, H, d).
-        cos, sin: (B, T, P) or (T, P), from `rotary_table`.
+        cos, sin: (B, T, P) or (T, P), from `rotary_table`, for all heads; or (B, T, K, P), of
+            x's rank, for each key head, H a multiple of K.
 
     Returns:
         (B, T, H, d) in x's dtype; the arithmetic is float32.
     """
-    real, imag = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], -1).astype(x.dtype)
+    table = table_for_heads(cos, x), table_for_heads(sin, x)
+    return from_pair(multiply(to_pair(x), table)).astype(x.dtype)
