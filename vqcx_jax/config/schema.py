@@ -178,7 +178,7 @@ class FullHead:
     # Rows start random, or from vectors of co-occurrence counts (see `python -m vqcx_jax.maps`).
     start: Literal["random", "cooccurrence"] = "random"
     # How the loss is computed. "plain" keeps the logits of all positions; "streamed" holds a block
-    # of the vocabulary at a time, and computes four products where "plain" has three.
+    # of them at a time; the training loss makes its gradients in the same pass.
     implementation: Literal["plain", "streamed"] = "plain"
     token_bias: bool = False
     # As in VQHead.

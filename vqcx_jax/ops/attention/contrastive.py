@@ -1,8 +1,8 @@
 """EulerFormer's auxiliary loss: phases of a layer's queries or keys, told apart from one another.
 
-It wants phases to be spread out (Tian et al. 2024). A row is all planes of all heads
-at one position; two copies of it, each with other planes dropped, should be more alike than copies
-of different rows. Alike means the cosine of phase differences, averaged over the planes: it has no
+It wants phases to be spread out (Tian et al. 2024). A row is all planes of all heads at one
+position; two copies of it, each with other planes dropped, should be more alike than copies of
+different rows. Alike means the cosine of phase differences, averaged over the planes: it has no
 branch cut, and needs no angle.
 
 For row n of N, with unit phases u_i = e^{i theta_i}, dropout masks m, m' in {0, 1} per plane and

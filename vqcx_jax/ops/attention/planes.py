@@ -44,6 +44,12 @@ def smooth_amplitude(x: Pair) -> jax.Array:
     return jnp.sqrt(x[0] ** 2 + x[1] ** 2 + EPSILON**2)
 
 
+def direction(x: Pair) -> Pair:
+    """X / |x|, made smooth by `smooth_amplitude`: 0 at 0."""
+    amplitude = smooth_amplitude(x)
+    return x[0] / amplitude, x[1] / amplitude
+
+
 def table_for_heads(table: jax.Array, x: jax.Array) -> jax.Array:
     """A `rotary_table` (B, T, P), (T, P) or (B, T, K, P) that broadcasts with x (B, T, H, P)."""
     if table.ndim < x.ndim:
@@ -57,9 +63,3 @@ def per_query_head(x: jax.Array, num_heads: int) -> jax.Array:
     Query head h reads key head h // (H / K). (P,), shared by all heads, stays (P,).
     """
     return x if x.ndim == 1 else jnp.repeat(x, num_heads // x.shape[-2], axis=-2)
-
-
-def direction(x: Pair) -> Pair:
-    """X / |x|, made smooth by `smooth_amplitude`: 0 at 0."""
-    amplitude = smooth_amplitude(x)
-    return x[0] / amplitude, x[1] / amplitude
