@@ -77,7 +77,7 @@ def product_16_in_classes(sizes: Sizes) -> heads.Head:
     rest = rng.permutation(np.arange(sizes.vocab - num_frequent) % num_classes)
     class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
     assignment = jnp.asarray(rng.integers(codes, size=(sizes.vocab + num_classes, 16)))
-    tokens = classes.classes(class_of, num_classes)
+    tokens = classes.arrange(class_of, num_classes)
     options = {"token_scale": True, "rngs": nnx.Rngs(0)}
     return heads.ClassVQHead(tokens, assignment, codes, sizes.dim, **options)
 

@@ -115,14 +115,6 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "VQ by frequency, no bias": Variant({**by_frequency, "model.head.token_bias": False}),
         "VQ random": Variant({**by_frequency, "model.head.assignment": "random"}),
         "VQ by k-means, random start": Variant(k_means, "k-means"),
-        "two levels": Variant(
-            {
-                "model.head.kind": "two_level_vq",
-                "model.head.num_codes": half,
-                "model.head.assignment": "file",
-            },
-            "balanced",
-        ),
         "hierarchical, classes": Variant({"model.head.kind": "hierarchical"}),
         "hierarchical, Huffman": Variant(
             {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
@@ -143,7 +135,6 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
     found: dict[str, Mapping[str, object]] = {
         "k-means": {"method": "kmeans", "num_codes": num_codes},
         "residual 2": {"method": "residual", "num_codebooks": 2, "num_codes": half},
-        "balanced": {"method": "kmeans", "num_codes": half, "balanced": True},
         "own, residual 2": {
             "method": "residual",
             "num_codebooks": 2,

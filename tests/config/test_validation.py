@@ -199,6 +199,15 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             None,
             ["model.head.num_classes=201: must be at most", "300 less model.head.num_frequent=100"],
         ),
+        *(
+            (
+                {"model.head.kind": kind, "model.head.bias_init": "counts"}
+                | {"model.head.token_bias": "false"},
+                None,
+                ["model.head.bias_init='counts': needs model.head.token_bias=true"],
+            )
+            for kind in ("vq", "class_vq", "full", "low_rank")
+        ),
         (
             CLASSES | {"model.vocab_size": "255"},
             None,
@@ -301,13 +310,6 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             TENSOR_4 | CLASSES | {"sharding.codes": "tensor", "model.head.num_codes": "254"},
             4,
             ["model.head.num_codes=254: must be divisible by 4, the devices of sharding.codes"],
-        ),
-        (
-            TENSOR_4
-            | {"sharding.codes": "tensor"}
-            | {"model.head.kind": "two_level_vq", "model.head.num_codes": "126"},
-            4,
-            ["model.head.num_codes=126: must be divisible by 4, the devices of sharding.codes"],
         ),
         ({"mesh.data": "2"}, 8, ["mesh.data=2", "8"]),
         ({"mesh.data": "0"}, None, ["mesh.data=0: must be at least 1"]),

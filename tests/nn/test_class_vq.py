@@ -28,7 +28,7 @@ def make_head(
     token_bias: bool = True, token_scale: bool = True, rules: ShardingRules | None = None
 ) -> Any:
     options = {"token_bias": token_bias, "token_scale": token_scale}
-    tokens = classes.classes(CLASS_OF, C)
+    tokens = classes.arrange(CLASS_OF, C)
     head = ClassVQHead(tokens, CODES, K, D, rules=rules, rngs=nnx.Rngs(0), **options)
     graphdef, params, buffers = functional.split(head)
     rng = np.random.default_rng(1)
@@ -103,7 +103,7 @@ def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    tokens, rngs = classes.classes(CLASS_OF, C), nnx.Rngs(0)
+    tokens, rngs = classes.arrange(CLASS_OF, C), nnx.Rngs(0)
     with pytest.raises(UserError, match=r"assignment has shape \(24, 2\): must have 28 rows"):
         ClassVQHead(tokens, CODES[:V], K, D, rngs=rngs)
     with pytest.raises(UserError, match="dim=7: must be a multiple of the 2 codebooks"):

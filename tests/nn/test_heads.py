@@ -74,7 +74,7 @@ def new_head(
         case "huffman":
             return HuffmanHead(jnp.asarray(huffman_paths(counts)), 8, bias=token_bias, **options)
         case "class_vq":
-            tokens = classes.classes(np.arange(vocab_size) % 4 - 1, 3)  # 0, 4 and 8 are frequent.
+            tokens = classes.arrange(np.arange(vocab_size) % 4 - 1, 3)  # 0, 4 and 8 are frequent.
             codes = jnp.stack([jnp.resize(ASSIGNMENT, vocab_size + 3)] * 2, axis=1).at[:, 1].add(-1)
             codes %= 5
             options |= {"token_bias": token_bias, "token_scale": True, "dtype": dtype}

@@ -11,7 +11,7 @@ import pytest
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import DataError
-from vqcx_jax.maps import TokenMap, make_map
+from vqcx_jax.maps import TokenMap, log_shares, make_map, own_map
 from vqcx_jax.nn import functional, heads
 from vqcx_jax.nn.build import abstract_model, build_model
 
@@ -43,7 +43,6 @@ CASES: dict[str, tuple[schema.HeadConfig, type]] = {
         heads.LearnedVQHead,
     ),
     "reassigned": (schema.VQHead(num_codes=5, reassign_every=9), heads.ReassignedVQHead),
-    "two levels": (schema.TwoLevelVQHead(num_codes=6), heads.TwoLevelVQHead),
     # 10 classes of the 19 tokens that are not frequent: one has a token less than the others.
     "classes": (schema.ClassVQHead(**CLASSES), heads.ClassVQHead),
     # 3 classes of 29 tokens, of 9 or 10.
@@ -64,7 +63,6 @@ def make_config(head: schema.HeadConfig) -> schema.Config:
 
 
 def map_of(head: Any) -> TokenMap:
-    head = head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head
     counts = np.arange(V)[::-1].copy()
     return make_map(head, vocab_size=V, embed_dim=D, counts=counts, seed=0)
 
@@ -151,3 +149,25 @@ def test_a_map_without_classes_is_refused() -> None:
         DataError, match="^token_map: has no classes, which model.head.kind='class_"
     ):
         build_model(config, token_map, jax.random.key(0))
+
+
+BIASED = {
+    "full": schema.FullHead(token_bias=True, bias_init="counts"),
+    "low rank": schema.LowRankHead(rank=4, token_bias=True, bias_init="counts"),
+    "one codebook": schema.VQHead(num_codes=5, bias_init="counts"),
+    "several": schema.VQHead(num_codes=5, bias_init="counts", num_own_tokens=3, **PRODUCT),
+    "classes": schema.ClassVQHead(**CLASSES),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_counts_start_at_the_unigram_distribution(name: str) -> None:
+    head: Any = BIASED[name]
+    counts = np.arange(V)[::-1] ** 2  # The last token is unseen.
+    is_mapped = isinstance(head, schema.VQHead | schema.ClassVQHead)
+    token_map = map_of(head) if is_mapped else own_map(V)
+    token_map = dataclasses.replace(token_map, bias=log_shares(counts))
+    model = build_model(make_config(head), token_map, jax.random.key(0))
+    p = jax.nn.softmax(model.head.logits(jnp.zeros((1, 1, D))))[0, 0]
+    seen = np.maximum(counts, 1)
+    np.testing.assert_allclose(p, seen / seen.sum(), rtol=1e-5)

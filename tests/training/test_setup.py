@@ -196,6 +196,31 @@ def test_heads_without_a_token_map(corpus: Path, tmp_path: Path, head: dict[str,
     assert setup.token_map is None and setup.token_counts is None
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"kind": "full", "token_bias": "true"},
+        {"kind": "low_rank", "rank": "4", "token_bias": "true"},
+        {"kind": "vq"},
+        {"kind": "class_vq", "assignment": "random", "code_init": "random", "num_codebooks": "4"},
+    ],
+)
+def test_biases_start_where_it_is_asked_for(
+    corpus: Path, tmp_path: Path, head: dict[str, str]
+) -> None:
+    fields = {f"model__head__{name}": value for name, value in head.items()}
+    for bias_init in ("counts", "zeros"):
+        fields["model__head__bias_init"] = bias_init
+        setup = prepare(tiny_config(corpus, **fields), tmp_path, None)
+        if bias_init == "zeros":
+            assert setup.token_map is None or setup.token_map.bias is None
+            continue
+        assert setup.token_map is not None and setup.token_counts is not None
+        assert setup.token_map.bias is not None
+        seen = np.maximum(setup.token_counts, 1)
+        np.testing.assert_allclose(np.exp(setup.token_map.bias), seen / seen.sum(), rtol=1e-5)
+
+
 def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path: Path) -> None:
     setup = prepare(tiny_config(corpus, model__vocab_size="none"), tmp_path, None)
     assert setup.config.model.vocab_size == setup.tokenizer.vocab_size == 257

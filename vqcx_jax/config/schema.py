@@ -96,31 +96,6 @@ class VQHead:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
-class TwoLevelVQHead:
-    """VQ-Logits in two levels: first the code, then the rank of the token within it."""
-
-    kind: Literal["two_level_vq"] = "two_level_vq"
-    num_codes: Positive = 128
-    # Tokens of the largest code. None: V / num_codes, for codes of equal size.
-    num_ranks: Positive | None = None
-    # As in VQHead.
-    assignment: Literal["random", "contiguous", "file"] = "contiguous"
-    token_map: str | None = None
-    code_init: Literal["random", "centroids"] = "random"
-    token_bias: bool = True
-
-    def first_level(self) -> VQHead:
-        """A head of one codebook with the same token map."""
-        return VQHead(
-            num_codes=self.num_codes,
-            assignment=self.assignment,
-            token_map=self.token_map,
-            code_init=self.code_init,
-            token_bias=self.token_bias,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ClassVQHead:
     """Product codes in classes: frequent tokens beside classes of the others, tokens in a class."""
 
@@ -140,6 +115,11 @@ class ClassVQHead:
     # As in VQHead; a class's bias starts at its tokens' share.
     bias_init: BiasInit = "counts"
 
+    @property
+    def form(self) -> Literal["product"]:
+        """That of the codes, see `VQHead`."""
+        return "product"
+
     def sizes(self, vocab_size: int) -> tuple[int, int, int]:
         """Classes, frequent tokens, and tokens of a class at most.
 
@@ -158,7 +138,7 @@ class ClassVQHead:
         return VQHead(
             num_codes=self.num_codes,
             num_codebooks=self.num_codebooks,
-            form="product",
+            form=self.form,
             assignment=self.assignment,
             token_map=self.token_map,
             code_init=self.code_init,
@@ -225,9 +205,7 @@ class HierarchicalHead:
     bias: bool = True
 
 
-HeadConfig = (
-    VQHead | ClassVQHead | TwoLevelVQHead | FullHead | LowRankHead | AdaptiveHead | HierarchicalHead
-)
+HeadConfig = VQHead | ClassVQHead | FullHead | LowRankHead | AdaptiveHead | HierarchicalHead
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

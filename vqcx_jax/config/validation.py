@@ -22,7 +22,6 @@ from vqcx_jax.config.schema import (
     SentencePieceTokenizer,
     ShardingRules,
     TextFiles,
-    TwoLevelVQHead,
     VQHead,
 )
 from vqcx_jax.errors import ConfigError
@@ -92,9 +91,6 @@ def _check_model(model: Model) -> None:
         _check_form(model.head.codes(), model.embed_dim)
         _check_classes(model.head, model.vocab_size)
         _check_token_map(model.head.codes())
-    if isinstance(model.head, TwoLevelVQHead):
-        _check_codes(model.head.first_level(), model.vocab_size)
-        _check_token_map(model.head.first_level())
 
 
 def _check_classes(head: ClassVQHead, vocab_size: int | None) -> None:
@@ -139,7 +135,7 @@ def _check_clusters(head: AdaptiveHead, model: Model) -> None:
 
 def _check_z_loss(config: Config) -> None:
     head = config.model.head
-    normalized = AdaptiveHead | ClassVQHead | HierarchicalHead | TwoLevelVQHead
+    normalized = AdaptiveHead | ClassVQHead | HierarchicalHead
     if config.train.z_loss and isinstance(head, normalized):
         _fail(
             "train.z_loss",
@@ -308,7 +304,7 @@ def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
     ]
     if model.vocab_size is not None:
         sharded.append(("model.vocab_size", model.vocab_size, "vocab"))
-    if isinstance(model.head, VQHead | ClassVQHead | TwoLevelVQHead):
+    if isinstance(model.head, VQHead | ClassVQHead):
         sharded.append(("model.head.num_codes", model.head.num_codes, "codes"))
     if isinstance(model.head, LowRankHead):
         sharded.append(("model.head.rank", model.head.rank, "embed"))

@@ -22,26 +22,16 @@ from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 
 # Fields of the head that must be as the map is, besides its path.
 _SET_BY_MAP = {
-    "vq": (
-        "kind",
-        "assignment",
-        "num_codes",
-        "num_codebooks",
-        "form",
-        "num_own_tokens",
-        "token_scale",
-        "code_init",
-    ),
-    "class_vq": (
-        "kind",
-        "assignment",
-        "num_codes",
-        "num_codebooks",
-        "num_classes",
-        "num_frequent",
-        "token_scale",
-        "code_init",
-    ),
+    "kind",
+    "assignment",
+    "num_codes",
+    "num_codebooks",
+    "form",
+    "num_own_tokens",
+    "num_classes",
+    "num_frequent",
+    "token_scale",
+    "code_init",
 }
 
 
@@ -111,7 +101,7 @@ def main() -> None:
             token_map,
             embed_dim=embed_dim,
             counts=counts,
-            form="product" if flags.method == "product" else "additive",
+            form=head.form,
             token_bias=head.token_bias,
             token_scale=head.token_scale,
         )
@@ -179,8 +169,11 @@ def _arguments(
     flags: Flags, overrides: list[tuple[str, str]], head: schema.VQHead | schema.ClassVQHead
 ) -> list[str]:
     """Flags of train.py for a run with this head."""
-    fields = _SET_BY_MAP[head.kind]
-    of_head = [(f"model.head.{name}", str(getattr(head, name)).lower()) for name in fields]
+    of_head = [
+        (f"model.head.{field.name}", str(getattr(head, field.name)).lower())
+        for field in dataclasses.fields(head)
+        if field.name in _SET_BY_MAP
+    ]
     settings = [*overrides, *of_head, ("model.head.token_map", flags.output)]
     return [f"--config={flags.config}", *(f"--config.{path}={value}" for path, value in settings)]
 

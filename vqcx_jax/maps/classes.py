@@ -59,7 +59,7 @@ def near_classes(
     vectors = quantize.reconstruct(token_map.codes[tokens], token_map.codebooks, dim)
     if token_map.scale is not None:
         vectors = vectors * token_map.scale[tokens, None]
-    directions, _ = _directions(vectors)
+    directions, _ = quantize.directions(vectors)
     noise = np.random.default_rng(seed).standard_normal(directions.shape, np.float32)
     labels, _ = kmeans(
         directions + _NOISE * dim**-0.5 * noise,
@@ -72,7 +72,7 @@ def near_classes(
     means = weighted_means(vectors, labels, weights[tokens], num_classes)
     scale = None
     if token_map.scale is not None:
-        means, scale = _directions(means)
+        means, scale = quantize.directions(means)
     class_of = np.full(token_map.vocab_size, -1, np.int32)
     class_of[tokens] = labels
     return TokenClasses(class_of, _nearest_codes(means, token_map.codebooks), scale)
@@ -86,8 +86,3 @@ def _nearest_codes(vectors: np.ndarray, codebooks: tuple[np.ndarray, ...]) -> np
         distances = np.einsum("kd,kd->k", codebook, codebook) - 2 * x @ codebook.T
         columns.append(np.argmin(distances, axis=1))
     return np.stack(columns, axis=1).astype(np.int32)
-
-
-def _directions(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    norms = np.linalg.norm(vectors, axis=1)
-    return vectors / np.where(norms > 0, norms, 1)[:, None], norms

@@ -102,7 +102,7 @@ def map_from_vectors(
     weights = np.maximum(counts[coded], 1) ** options.power
     targets, norms = vectors[coded], None
     if options.scale:
-        targets, norms = _directions(targets)
+        targets, norms = quantize.directions(targets)
 
     quantized = _quantize(targets, weights, options, seed)
     rotation, codebooks, dim = quantized.rotation, quantized.codebooks, vectors.shape[1]
@@ -153,11 +153,6 @@ def _quantize(
             rotate=options.rotate,
         )
     return quantize.residual(vectors, *sizes, seed=seed, weights=weights, balanced=options.balanced)
-
-
-def _directions(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    norms = np.linalg.norm(vectors, axis=1)
-    return vectors / np.where(norms > 0, norms, 1)[:, None], norms
 
 
 def _scattered(rows: np.ndarray, tokens: np.ndarray, vocab_size: int, fill: float) -> np.ndarray:

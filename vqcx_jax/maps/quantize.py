@@ -168,6 +168,12 @@ def reconstruct(codes: np.ndarray, codebooks: tuple[np.ndarray, ...], dim: int) 
     )
 
 
+def directions(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows over their lengths (V, D), zeros as they are, and the lengths (V,)."""
+    norms = np.linalg.norm(vectors, axis=1)
+    return vectors / np.where(norms > 0, norms, 1)[:, None], norms
+
+
 def distortion(vectors: np.ndarray, approximations: np.ndarray, weights: np.ndarray) -> float:
     """Weighted squared error over that of the weighted mean: 0 is exact, 1 is no information."""
     mean = np.average(vectors, axis=0, weights=weights)

@@ -45,8 +45,6 @@ def _head_parameters(config: schema.Model) -> int:
     match config.head:
         case schema.VQHead():
             return _vq_parameters(config.head, vocab_size, dim)
-        case schema.TwoLevelVQHead(num_codes=num_codes, num_ranks=num_ranks):
-            return (num_codes + (num_ranks or -(-vocab_size // num_codes))) * dim
         case schema.ClassVQHead(num_codes=num_codes):
             num_classes, num_frequent, _ = config.head.sizes(vocab_size)
             return (num_classes + num_frequent + num_codes) * dim

@@ -115,7 +115,7 @@ def _with_token_map(setup: Setup) -> Setup:
     of_head = to_json(config)["model"]["head"]
     made_from = [of_head, sizes, setup.corpus.fingerprint, tokenizer, limit]
     token_map = make_map(
-        head.first_level() if isinstance(head, schema.TwoLevelVQHead) else head,
+        head,
         vocab_size=vocab_size,
         embed_dim=model.embed_dim,
         counts=counts,

@@ -42,7 +42,7 @@ def _token_map_lines(setup: Setup) -> list[str]:
             setup.token_map,
             embed_dim=dim,
             counts=setup.token_counts,
-            form=head.form if isinstance(head, schema.VQHead) else "product",
+            form=head.form,
             token_bias=head.token_bias,
             token_scale=head.token_scale,
         )

@@ -23,7 +23,7 @@ def class_of() -> np.ndarray:
     return found
 
 
-CLASSES = classes.classes(class_of(), C)
+CLASSES = classes.arrange(class_of(), C)
 
 
 def make(dtype: Any, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
@@ -91,7 +91,7 @@ def test_classes_can_be_read_in_all_directions() -> None:
 )
 def test_wrong_classes(class_of: list[int], options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        classes.classes(np.asarray(class_of), 3, **options)
+        classes.arrange(np.asarray(class_of), 3, **options)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -130,7 +130,7 @@ def test_work_does_not_grow_with_the_vocabulary() -> None:
     """Nothing in the loss and its gradients has a column, or a row of D numbers, per token."""
     vocab_size, num_classes, dim, positions = 20_000, 500, 64, 32
     of_token = np.arange(vocab_size, dtype=np.int32) % num_classes
-    tokens = classes.classes(of_token, num_classes)
+    tokens = classes.arrange(of_token, num_classes)
     weights = classes.Weights(
         jnp.ones((8, 16, dim // 8)),
         jnp.zeros((vocab_size + num_classes, 8), jnp.int32),

@@ -12,7 +12,6 @@ from vqcx_jax.nn.heads.make import make_head
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
 from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
-from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
 from vqcx_jax.nn.heads.vq import VQHead
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "ReassignedVQHead",
     "Sampler",
     "TwoLevelHead",
-    "TwoLevelVQHead",
     "VQHead",
     "make_head",
     "order_by_frequency",

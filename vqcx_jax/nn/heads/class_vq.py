@@ -19,7 +19,7 @@ class ClassVQHead(NormalizedHead):
     """p(token | h) = p(class | h) p(token | class, h), see `ops.codebook.classes`.
 
     Args:
-        tokens: which tokens are frequent and which are in a class, from `codebook.classes.classes`.
+        tokens: which tokens are frequent and which are in a class, from `codebook.classes.arrange`.
         assignment: int (V + C, M), codes of all tokens, then of all classes, in [0, num_codes).
         num_codes: K.
         token_scale: train a factor for each token and each class.

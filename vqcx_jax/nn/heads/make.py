@@ -23,9 +23,8 @@ from vqcx_jax.nn.heads.low_rank import LowRankHead
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
 from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
-from vqcx_jax.nn.heads.two_level_vq import TwoLevelVQHead
 from vqcx_jax.nn.heads.vq import VQHead
-from vqcx_jax.ops.codebook import classes, two_level
+from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import path_length
 
 
@@ -66,8 +65,6 @@ def _make(
             return _adaptive(config, config.head, token_map, rules, rngs)
         case schema.HierarchicalHead():
             return _hierarchical(config, config.head, token_map, rules, rngs)
-        case schema.TwoLevelVQHead():
-            return _two_level_vq(config, config.head, token_map, rules, rngs)
         case schema.ClassVQHead():
             return _class_vq(config, config.head, token_map, rules, rngs)
         case schema.VQHead():
@@ -203,28 +200,6 @@ def _vq(
     return MultiVQHead(*shape, **options)
 
 
-def _two_level_vq(
-    config: schema.Model,
-    head: schema.TwoLevelVQHead,
-    token_map: TokenMap | None,
-    rules: schema.ShardingRules,
-    rngs: nnx.Rngs,
-) -> Head:
-    vocab_size = config.known_vocab_size()
-    num_ranks = head.num_ranks or -(-vocab_size // head.num_codes)
-    if token_map is None:
-        token_map = TokenMap(contiguous_map(vocab_size, head.num_codes), (head.num_codes,))
-    return TwoLevelVQHead(
-        two_level.levels(token_map.codes[:, 0], head.num_codes, num_ranks),
-        config.embed_dim,
-        token_bias=head.token_bias,
-        codes=None if token_map.codebooks is None else jnp.asarray(token_map.codebooks[0]),
-        dtype=jnp.dtype(config.dtype),
-        rules=rules,
-        rngs=rngs,
-    )
-
-
 def _class_vq(
     config: schema.Model,
     head: schema.ClassVQHead,
@@ -248,7 +223,7 @@ def _class_vq(
         assert of_classes.scale is not None
         scale = np.append(scale, of_classes.scale)
     return ClassVQHead(
-        classes.classes(of_classes.of_token, num_classes, num_ranks),
+        classes.arrange(of_classes.of_token, num_classes, num_ranks),
         jnp.asarray(np.append(token_map.codes, of_classes.codes, axis=0)),
         head.num_codes,
         config.embed_dim,

@@ -4,8 +4,8 @@ score_mn = sum_c softplus(q_c) softplus(k_c) cos((m - n) theta_c + delta_c) over
 each with a frequency of its own (Gopalakrishnan et al. 2025, "Decoupling the what and where with
 polar coordinate positional embeddings"). As a dot product it is 2d wide.
 
-The paper turns keys by delta where we turn queries: its delta is ours with the opposite sign, which
-is the same family of models, as delta may be anything from -2 pi to 0.
+Public implementations turn keys by delta where we turn queries: their delta is ours with the
+opposite sign, which is the same family of models, as delta may be anything from -2 pi to 0.
 """
 
 import math

@@ -48,7 +48,7 @@ class Weights(NamedTuple):
     bias: jax.Array | None
 
 
-def classes(class_of: np.ndarray, num_classes: int, num_ranks: int | None = None) -> Classes:
+def arrange(class_of: np.ndarray, num_classes: int, num_ranks: int | None = None) -> Classes:
     """Reads a map from tokens to classes in all directions.
 
     Args:
@@ -154,6 +154,4 @@ def num_frequent(classes: Classes) -> int:
 
 
 def _nll(z: jax.Array, target: jax.Array) -> jax.Array:
-    # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
-    is_target = jnp.arange(z.shape[-1]) == target[..., None]
-    return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
+    return jax.nn.logsumexp(z, axis=-1) - multi.pick(z, target)

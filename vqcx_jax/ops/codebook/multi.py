@@ -114,20 +114,20 @@ def target_logits(
     codes = assignment[targets]
     z = jnp.zeros(targets.shape, jnp.float32)
     for m, l in enumerate(code_logits):
-        z = z + _pick(l, codes[..., m])
+        z = z + pick(l, codes[..., m])
     if scale is not None:
         z = z * scale.astype(jnp.float32)[targets]
     return z if bias is None else z + bias.astype(jnp.float32)[targets]
 
 
 @jax.custom_vjp
-def _pick(l: jax.Array, code: jax.Array) -> jax.Array:
+def pick(l: jax.Array, code: jax.Array) -> jax.Array:
     """l[..., code], for l (..., K) and code (...). Its gradient is dense, and not a scatter."""
     return jnp.take_along_axis(l, code[..., None], axis=-1)[..., 0]
 
 
 def _pick_forward(l: jax.Array, code: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _pick(l, code), (l, code)
+    return pick(l, code), (l, code)
 
 
 def _pick_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
@@ -135,7 +135,7 @@ def _pick_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tupl
     return jnp.where(jnp.arange(l.shape[-1]) == code[..., None], g[..., None], 0.0), None
 
 
-_pick.defvjp(_pick_forward, _pick_backward)
+pick.defvjp(_pick_forward, _pick_backward)
 
 
 def check_assignment(code_logits: CodeLogits, assignment: jax.Array) -> None:

@@ -78,32 +78,6 @@ def nll_of_logits(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     return log_z - jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0], log_z
 
 
-def two_level_log_probs(
-    h: jax.Array,
-    codes: jax.Array,
-    gates: jax.Array,
-    ranks: jax.Array,
-    code_bias: jax.Array,
-    bias: jax.Array,
-    code_of: jax.Array,
-    rank_of: jax.Array,
-) -> jax.Array:
-    """Log p(v | h) = log p(code of v | h) + log p(v | its code, h), see `two_level`.
-
-    Args:
-        h: (..., D). codes, gates: (K, D). ranks: (R, D). code_bias: (K,). bias: (V,).
-        code_of, rank_of: int (V,).
-
-    Returns:
-        (..., V).
-    """
-    log_p_code = jax.nn.log_softmax(h @ codes.T + code_bias, axis=-1)
-    z = h @ (gates[code_of] * ranks[rank_of]).T + bias
-    same_code_VxV = code_of[:, None] == code_of
-    z_of_code = jax.nn.logsumexp(jnp.where(same_code_VxV, z[..., None, :], -jnp.inf), axis=-1)
-    return log_p_code[..., code_of] + z - z_of_code
-
-
 def class_log_probs(
     h: jax.Array,
     codebooks: jax.Array,

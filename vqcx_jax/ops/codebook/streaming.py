@@ -17,8 +17,7 @@ from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.varying import varying_like
 
 # Rows of 64 positions are four cache lines, and 4096 of them (16 codebooks of 256) 1 MB: they stay
-# in a cache. (32 take 12% longer, 128 as long and more memory.) XLA on CPUs leaves blocks of fewer
-# than 2048 tokens to one core.
+# in a cache. XLA on CPUs leaves blocks of fewer than 2048 tokens to one core.
 _BLOCK_POSITIONS = 64
 _BLOCK_TOKENS = 2048
 

@@ -37,8 +37,8 @@ from vqcx_jax.ops.softmax.blocks import (
 )
 from vqcx_jax.ops.varying import varying_like
 
-# The V x D gradient is read and written once for each block. On CPU that makes 64 positions 10%
-# slower, while 256 take twice the memory to be no faster (D = 256) or 3% so (D = 1024).
+# The V x D gradient is read and written once for each block, which speaks for large blocks; the
+# memory, V numbers for each position, against them.
 TOKEN_BLOCK = 128
 
 _Rows = tuple[jax.Array, jax.Array | None]  # Weights and bias, or the gradients by them.
