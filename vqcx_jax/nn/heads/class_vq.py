@@ -91,11 +91,12 @@ class ClassVQHead(NormalizedHead):
         if top_k is not None or top_p is not None:
             return by_logits
         weights, tokens = self._arrays()
-        num_frequent = classes.num_frequent(tokens)
+        vectors, num_frequent = classes.entry_vectors(weights, tokens), classes.num_frequent(tokens)
 
         def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
             entry_key, member_key = jax.random.split(key)
-            entry = sampling.sample(classes.entry_logits(h_BxTxD, weights, tokens), entry_key)
+            entry_logits = classes.entry_logits(h_BxTxD, vectors, weights, tokens)
+            entry = sampling.sample(entry_logits, entry_key)
             class_ = jnp.maximum(entry - num_frequent, 0)
             member_logits = classes.member_logits(h_BxTxD, weights, tokens, class_)
             member = tokens.members[class_, sampling.sample(member_logits, member_key)]

@@ -88,7 +88,7 @@ def nll(h: jax.Array, weights: Weights, classes: Classes, targets: jax.Array) ->
         (classes.entry_of[targets], classes.rank_of[targets])
     )
     class_ = entry - num_frequent(classes)
-    nll_of_entry = _nll(entry_logits(h, weights, classes), entry)
+    nll_of_entry = _nll(entry_logits(h, entry_vectors(weights, classes), weights, classes), entry)
     z_xR = member_logits(h, weights, classes, jnp.maximum(class_, 0))
     nll_of_member = _nll(z_xR, rank)
     return nll_of_entry + jnp.where(class_ < 0, 0.0, nll_of_member)
@@ -96,7 +96,8 @@ def nll(h: jax.Array, weights: Weights, classes: Classes, targets: jax.Array) ->
 
 def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
     """Log p of all V tokens, float32 (..., V). V M gathers per position."""
-    log_p_entry = jax.nn.log_softmax(entry_logits(h, weights, classes))
+    entries = entry_logits(h, entry_vectors(weights, classes), weights, classes)
+    log_p_entry = jax.nn.log_softmax(entries)
     vocab_size = len(classes.entry_of)
     scale, bias = (None if x is None else x[:vocab_size] for x in (weights.scale, weights.bias))
     table_MxK = _code_logits(h, weights.codebooks)
@@ -108,14 +109,18 @@ def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
     return log_p_entry[..., classes.entry_of] + log_p_member
 
 
-def entry_logits(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
-    """Logits of the first level, float32 (..., F + C)."""
-    vectors = multi.product_vectors(
-        tuple(weights.codebooks.astype(jnp.float32)), weights.codes[classes.entries]
-    )
+def entry_vectors(weights: Weights, classes: Classes) -> jax.Array:
+    """Vectors of the first level, (F + C, D), for `entry_logits`: they depend on no position."""
+    codebooks = tuple(weights.codebooks.astype(jnp.float32))
+    vectors = multi.product_vectors(codebooks, weights.codes[classes.entries])
     if weights.scale is not None:
         vectors = vectors * weights.scale[classes.entries, None]
-    z = product(h, vectors.astype(h.dtype))
+    return vectors.astype(weights.codebooks.dtype)
+
+
+def entry_logits(h: jax.Array, vectors: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
+    """Logits of the first level, float32 (..., F + C), with its `entry_vectors`."""
+    z = product(h, vectors)
     return z if weights.bias is None else z + weights.bias[classes.entries].astype(jnp.float32)
 
 
@@ -129,16 +134,15 @@ def member_logits(h: jax.Array, weights: Weights, classes: Classes, class_: jax.
         float32 (..., R).
     """
     members_xR = classes.members[class_]
-    tokens_CxR = jnp.maximum(classes.members, 0)
-    # Codebooks in front, as the product of slices leaves them: nothing is transposed.
+    tokens_xR = jnp.maximum(members_xR, 0)
+    # Codebooks in front, as the product of slices leaves them: no table is transposed.
     table_MxK = _code_logits(h, weights.codebooks)
-    codes_MxCxR = jnp.moveaxis(weights.codes, 1, 0)[:, tokens_CxR]
-    codes_MxxR = jax.lax.optimization_barrier(codes_MxCxR[:, class_])
+    codes_MxxR = jax.lax.optimization_barrier(jnp.moveaxis(weights.codes[tokens_xR], -1, 0))
     z_xR = jnp.sum(jnp.take_along_axis(table_MxK, codes_MxxR, axis=-1), axis=0)
     if weights.scale is not None:
-        z_xR = z_xR * weights.scale[tokens_CxR][class_]
+        z_xR = z_xR * weights.scale[tokens_xR]
     if weights.bias is not None:
-        z_xR = z_xR + weights.bias[tokens_CxR][class_].astype(jnp.float32)
+        z_xR = z_xR + weights.bias[tokens_xR].astype(jnp.float32)
     return jnp.where(members_xR < 0, -jnp.inf, z_xR)
 
 
