@@ -100,12 +100,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="token maps, caches and the run going on")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this")
     parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--seeds", type=int, help="at most so many of the campaign's seeds")
     parser.add_argument("--plot", type=Path, help="perplexity against size (needs matplotlib)")
     args = parser.parse_args()
     campaign = _load(args.campaign, args.data)
     if args.only:
         chosen = {name: campaign.variants[name] for name in args.only}
         campaign = dataclasses.replace(campaign, variants=chosen)
+    if args.seeds is not None:
+        campaign = dataclasses.replace(campaign, seeds=min(args.seeds, campaign.seeds))
     if args.action == "report":
         _report(campaign, _read(args.results), args.plot)
         return

@@ -115,6 +115,9 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "VQ by frequency, no bias": Variant({**by_frequency, "model.head.token_bias": False}),
         "VQ random": Variant({**by_frequency, "model.head.assignment": "random"}),
         "VQ by k-means, random start": Variant(k_means, "k-means"),
+        "VQ by k-means, reassigned": Variant(
+            {**k_means, **CENTROIDS, "model.head.reassign_every": 50}, "k-means"
+        ),
         "hierarchical, classes": Variant({"model.head.kind": "hierarchical"}),
         "hierarchical, Huffman": Variant(
             {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
