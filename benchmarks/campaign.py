@@ -272,7 +272,8 @@ def _sizes(workdir: Path) -> dict[str, int]:
     vocab_size, head = config.model.known_vocab_size(), config.model.head
     _, params, _ = functional.split(abstract_model(config))
     # Scores of codes that are learned are gone when they are.
-    arrays = [x for name, x in params.get("head", {}).items() if name != "scores"]
+    head_params = {k: v for k, v in params.get("head", {}).items() if k != "scores"}
+    arrays = jax.tree.leaves(head_params)
     scalars = sum(x.size for x in arrays if x.ndim == 1)
     code_bits = 0
     if isinstance(head, schema.VQHead):
