@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 
 from vqcx_jax.cli import parse_args
-from vqcx_jax.config.schema import NonNegative, Positive
+from vqcx_jax.config.schema.types import NonNegative, Positive
 from vqcx_jax.errors import UserError
 
 
@@ -116,7 +116,7 @@ def test_help_says_how_to_override(capsys: pytest.CaptureFixture[str]) -> None:
     assert "configuration file (default: 'configs/quickstart.py')" in text
     assert "--config.model.head.kind=full" in text
     schema_file = text.strip().rpartition(" ")[2]
-    assert Path(schema_file).name == "schema.py" and Path(schema_file).is_file()
+    assert Path(schema_file).parent.name == "schema" and Path(schema_file).is_file()
 
 
 def test_help_without_overrides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,8 @@ MESHES = {
     "fsdp8": {"data": 1, "fsdp": 8, "tensor": 1},
     "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
     "tensor4": {"data": 1, "fsdp": 1, "tensor": 4},
+    "fsdp2_tensor2_sequence2": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
+    "sequence3": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 3},
 }
 AXIS_TYPES = ("explicit", "auto")
 # Attention and head do not meet: each of them in one model is enough.
@@ -163,6 +165,8 @@ def assert_same(actual: Any, expected: Any) -> None:
         ("rope_full", "fsdp8", "auto"),
         ("complex_vq", "data2_fsdp2_tensor2", "auto"),
         ("rope_full", "tensor4", "auto"),
+        ("complex_vq", "fsdp2_tensor2_sequence2", "auto"),
+        ("rope_full", "sequence3", "auto"),
         # Other heads run on each device alone, or as the full head does; this one sums over tensor.
         ("rope_tied_streamed", "tensor4", "explicit"),
         ("rope_tied_streamed", "data2_fsdp2_tensor2", "auto"),
@@ -173,8 +177,9 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     name: str, mesh_name: str, axis_type: str
 ) -> None:
     mesh = make_mesh(mesh_name, axis_type)
+    rules = dataclasses.replace(RULES, sequence=("sequence",)) if "sequence" in mesh_name else RULES
     with jax.set_mesh(mesh):
-        arguments = on_mesh(make_model(name), mesh, RULES)
+        arguments = on_mesh(make_model(name, rules), mesh, rules)
         loss, gradients = loss_and_gradients(*arguments)
     assert_same((loss, gradients), without_mesh(name))
     if axis_type == "explicit":  # Auto leaves it to the compiler.
@@ -219,8 +224,8 @@ def test_parameters_lie_where_the_rules_say() -> None:
         "blocks.attention.k": (2, 8, 2, 4),
         "blocks.attention.v": (2, 8, 2, 4),
         "blocks.attention.out": (2, 4, 4, 8),
-        "blocks.attention.delta": (2, 2, 2),
-        "blocks.attention.bias": (2, 4, 2),
+        "blocks.attention.encoding.delta": (2, 2, 2),
+        "blocks.attention.encoding.bias": (2, 4, 2),
         "blocks.attention_norm.scale": (2, 8),
         "blocks.mlp.gate": (2, 8, 16),
         "blocks.mlp.up": (2, 8, 16),
@@ -288,7 +293,7 @@ def test_logits_of_a_sharded_batch(name: str, axis_type: str) -> None:
 
 def test_make_mesh() -> None:
     mesh = sharding.make_mesh({"tensor": 1, "data": 2, "fsdp": 4})
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
     assert mesh.axis_names == sharding.MESH_AXES
     assert set(mesh.axis_types) == {AxisType.Explicit}
     assert set(make_mesh("tensor4", "auto").axis_types) == {AxisType.Auto}

@@ -17,7 +17,7 @@ from vqcx_jax.config.schema import ShardingRules
 
 LogicalAxes = tuple[str | None, ...]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def make_mesh(
@@ -25,15 +25,15 @@ def make_mesh(
     axis_type: str = "explicit",
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes data, fsdp and tensor.
+    """A mesh with axes data, fsdp, tensor and sequence.
 
     Args:
-        shape: devices along each axis; the product is the number of devices.
+        shape: devices along each axis, 1 for those not named; the product is their number.
         axis_type: "explicit" or "auto".
         devices: default all of them.
     """
     kind = AxisType.Explicit if axis_type == "explicit" else AxisType.Auto
-    sizes = tuple(shape[axis] for axis in MESH_AXES)
+    sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(kind,) * len(sizes), devices=devices)
 
 
@@ -49,6 +49,17 @@ def partition_spec(axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
 def mesh_axes(axis: str, rules: ShardingRules) -> tuple[str, ...]:
     """The axes of the current mesh that `per_device` cuts a logical axis over; none without one."""
     return () if _current_axis_type() is None else getattr(rules, axis)
+
+
+def token_mesh_axes(rules: ShardingRules) -> tuple[str, ...]:
+    """The axes of the current mesh that `per_device` cuts rows and positions over."""
+    return mesh_axes("batch", rules) + mesh_axes("sequence", rules)
+
+
+def block_index(axis: str, rules: ShardingRules) -> jax.Array | int:
+    """Inside `per_device`: which block of a logical axis this device has."""
+    axes = mesh_axes(axis, rules)
+    return jax.lax.axis_index(axes) if axes else 0
 
 
 def named_sharding(mesh: Mesh, axes: LogicalAxes, rules: ShardingRules) -> NamedSharding:

@@ -52,7 +52,7 @@ def test_left_out_fields_have_their_defaults() -> None:
         ({"model": {"head": 3}}, ["model.head=3: must be a VQHead"]),
         ({"model": {"head": {"num_codes": 3}}}, ["model.head.kind: missing", "'vq', "]),
         ({"model": {"head": {"kind": "x"}}}, ["model.head.kind='x': must be one of 'vq', "]),
-        ({"sharding": {"batch": ["pipe"]}}, ["sharding.batch='pipe': must be 'data', 'fsdp' or"]),
+        ({"sharding": {"batch": ["pipe"]}}, ["sharding.batch='pipe': must be 'data', 'fsdp', "]),
         ({"sharding": {"batch": "data"}}, ["sharding.batch='data': must be a valid"]),
         ([], ["the configuration=[]: must be a Config"]),
     ],

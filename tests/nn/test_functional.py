@@ -29,7 +29,7 @@ def test_decay_mask(
     head: str,
 ) -> None:
     """Norms, biases and phases are left out; codes, weights and the embedding are not."""
-    phases = {"delta": False, "bias": False} if attention == "complex" else {}
+    phases = {"encoding": {"delta": False, "bias": False}} if attention == "complex" else {}
     rows = {"vq": "codes", "full": "weights"}[head]
     expected = {
         "blocks": {

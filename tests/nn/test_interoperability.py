@@ -12,7 +12,6 @@ from flax import linen, nnx
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Attention, VQHead
-from vqcx_jax.nn.attention import Rotary
 from vqcx_jax.ops import codebook
 from vqcx_jax.ops.attention import (
     attend,
@@ -52,9 +51,9 @@ def targets() -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).integers(13, size=(2, 7)))
 
 
-def rotary() -> Rotary:
+def rotary() -> tuple[jax.Array, jax.Array]:
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    return Rotary(*rotary_table(positions, rope_frequencies(HEAD_DIM)))
+    return rotary_table(positions, rope_frequencies(HEAD_DIM))
 
 
 def plain_nll(p: dict[str, jax.Array], x: jax.Array, targets: jax.Array) -> jax.Array:
@@ -84,16 +83,13 @@ class NnxModel(nnx.Module):
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             attention=schema.ComplexAttention(),
-            num_layers=1,
-            dtype=jnp.float32,
-            rules=schema.ShardingRules(),
             rngs=rngs,
         )
         self.dense = nnx.Linear(DIM, DIM, rngs=rngs)
         self.head = VQHead(ASSIGNMENT, CODES, DIM, rngs=rngs)
 
     def __call__(self, x: jax.Array, targets: jax.Array) -> jax.Array:
-        y, _ = self.attention(x, rotary(), jnp.zeros(x.shape[:2], jnp.int32))
+        y, _ = self.attention(x)
         return self.head.nll(self.dense(x + y), targets)[0]
 
 
@@ -116,10 +112,11 @@ def test_nnx_modules_agree(
     params: dict[str, jax.Array], x: jax.Array, targets: jax.Array, plain_result: Any
 ) -> None:
     model: Any = nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0)))
-    names = ("q", "k", "v", "out", "delta")
+    names = ("q", "k", "v", "out")
     for name in names:
         getattr(model.attention, name).set_value(params[name])
-    model.attention.bias.set_value(params["attention_bias"])
+    model.attention.encoding.delta.set_value(params["delta"])
+    model.attention.encoding.bias.set_value(params["attention_bias"])
     model.dense.kernel.set_value(jnp.eye(DIM))
     model.dense.bias.set_value(jnp.zeros(DIM))
     model.head.codes.set_value(params["codes"])
@@ -129,7 +126,8 @@ def test_nnx_modules_agree(
     value, gradients = nnx.jit(nnx.value_and_grad(lambda m: m(x, targets).mean()))(model)
     expected_value, expected = plain_result
     actual = {name: gradients["attention"][name][...] for name in names} | {
-        "attention_bias": gradients["attention"]["bias"][...],
+        "delta": gradients["attention"]["encoding"]["delta"][...],
+        "attention_bias": gradients["attention"]["encoding"]["bias"][...],
         "codes": gradients["head"]["codes"][...],
         "token_bias": gradients["head"]["bias"][...],
     }

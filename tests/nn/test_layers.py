@@ -86,16 +86,16 @@ def test_initial_deviations() -> None:
 
 def test_initial_phases() -> None:
     one = make_attention()
-    assert one.delta.shape == (2, 8)
-    assert one.bias.shape == (4, 8)
-    np.testing.assert_array_equal(one.delta[...], 1.0)
-    np.testing.assert_array_equal(one.bias[...], 0.0)
+    assert one.encoding.delta.shape == (2, 8)
+    assert one.encoding.bias.shape == (4, 8)
+    np.testing.assert_array_equal(one.encoding.delta[...], 1.0)
+    np.testing.assert_array_equal(one.encoding.bias[...], 0.0)
     published = make_attention(
         num_heads=64,
         num_kv_heads=64,
         attention=schema.ComplexAttention(delta_init="published"),
     )
     # N(0, 1/sqrt(P)) with P = 8; 512 samples tell the deviation to 3%.
-    assert np.std(published.delta[...]) == pytest.approx(8**-0.5, rel=0.12)
-    np.testing.assert_array_equal(published.bias[...], 0.0)
-    assert not hasattr(make_attention(attention=schema.RopeAttention()), "delta")
+    assert np.std(published.encoding.delta[...]) == pytest.approx(8**-0.5, rel=0.12)
+    np.testing.assert_array_equal(published.encoding.bias[...], 0.0)
+    assert not hasattr(make_attention(attention=schema.RopeAttention()).encoding, "delta")

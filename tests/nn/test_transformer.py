@@ -14,9 +14,7 @@ from flax import nnx
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import KVCache, Param, Transformer, functional
-from vqcx_jax.nn.attention import Rotary
 from vqcx_jax.nn.loss import summed_nll
-from vqcx_jax.ops.attention import rope_frequencies, rotary_table
 
 Batch = dict[str, jax.Array]
 
@@ -126,12 +124,12 @@ def test_scan_equals_a_loop_over_layers(
     @jax.jit
     def unrolled(model: Transformer, batch: Batch) -> jax.Array:
         config = model.config
-        frequencies = rope_frequencies(config.head_dim, config.attention.rope_base)
-        rotary = Rotary(*rotary_table(batch["positions"], frequencies))
+        encoding = model.blocks.attention.encoding
+        info = encoding.info(batch["segment_ids"], batch["positions"])
         x = model.embedding(batch["inputs"])
         for i in range(config.num_layers):
             block = jax.tree.map(lambda stacked, i=i: stacked[i], model.blocks)
-            x, _ = block(x, rotary, batch["segment_ids"])
+            x, _ = block(x, info)
         return model.final_norm(x)
 
     actual = hidden(model, batch["inputs"], batch["segment_ids"], batch["positions"])

@@ -22,9 +22,9 @@ def test_by_hand() -> None:
     # A layer: q and out 8 x 4 x 6, k and v 8 x 2 x 6, three MLP matrices 8 x 20.
     layer = 2 * 192 + 2 * 96 + 3 * 160
     assert matrix_parameters(MODEL) == (3 * layer, 10 * 8)
-    # Scores and values of a token: 16 / 2 positions seen on average, 4 heads of 6, twice 2 FLOPs
+    # Scores and values of a token: 17 / 2 positions seen on average, 4 heads of 6, twice 2 FLOPs
     # forward and twice that backward.
-    attention = 3 * (16 / 2) * 4 * 6 * 4 * 3
+    attention = 3 * (17 / 2) * 4 * 6 * 4 * 3
     assert train_flops_per_token(MODEL, 16) == 6 * (3 * layer + 80) + attention
 
 

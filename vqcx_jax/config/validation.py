@@ -19,6 +19,7 @@ from vqcx_jax.config.schema import (
     MeshAxis,
     Model,
     Optimizer,
+    Rotary,
     SentencePieceTokenizer,
     ShardingRules,
     TextFiles,
@@ -33,7 +34,13 @@ _WEIGHTS = (
     ("vocab", "embed"),
     ("codes", "embed"),
 )
-_ACTIVATIONS = (("batch", "heads"), ("batch", "mlp"))
+_ACTIVATIONS = (
+    ("batch", "sequence"),
+    ("batch", "heads"),
+    ("batch", "mlp"),
+    ("sequence", "heads"),
+    ("sequence", "mlp"),
+)
 
 
 def validate(config: Config, device_count: int | None = None) -> Config:
@@ -52,9 +59,11 @@ def validate(config: Config, device_count: int | None = None) -> Config:
     _check_schedule(config.optimizer, config.train.steps)
     _check_sharding_rules(config.sharding)
     if device_count is None:
-        _check_sizes(config, minimum_mesh_shape(config.mesh))
+        mesh = minimum_mesh_shape(config.mesh)
     else:
-        _check_sizes(config, resolve_mesh_shape(config.mesh, device_count))
+        mesh = resolve_mesh_shape(config.mesh, device_count)
+    _check_sizes(config, mesh)
+    _check_sequence(config.sharding, mesh)
     return config
 
 
@@ -71,6 +80,8 @@ def _check_model(model: Model) -> None:
             model.num_kv_heads,
             f"must divide model.num_heads={model.num_heads}",
         )
+    if isinstance(model.attention, Rotary):
+        _check_extension(model.attention)
     if isinstance(model.head, LowRankHead) and model.head.rank > model.embed_dim:
         _fail(
             "model.head.rank",
@@ -91,6 +102,19 @@ def _check_model(model: Model) -> None:
         _check_form(model.head.codes(), model.embed_dim)
         _check_classes(model.head, model.vocab_size)
         _check_token_map(model.head.codes())
+
+
+def _check_extension(attention: Rotary) -> None:
+    extension, factor = attention.extension, attention.extension_factor
+    if extension == "none" and factor != 1:
+        accepted = "must be 1 with model.attention.extension='none'"
+        _fail("model.attention.extension_factor", factor, accepted)
+    if extension != "yarn" and attention.trained_length is not None:
+        accepted = f"must be None with model.attention.extension={extension!r}, for 'yarn' only"
+        _fail("model.attention.trained_length", attention.trained_length, accepted)
+    if extension == "yarn" and attention.trained_length is None:
+        accepted = "must be the positions of training for model.attention.extension='yarn'"
+        _fail("model.attention.trained_length", None, accepted)
 
 
 def _check_classes(head: ClassVQHead, vocab_size: int | None) -> None:
@@ -279,6 +303,11 @@ def _check_sharding_rules(rules: ShardingRules) -> None:
             )
 
 
+def _check_sequence(rules: ShardingRules, mesh: dict[MeshAxis, int]) -> None:
+    if mesh["sequence"] > 1 and "sequence" not in rules.sequence:
+        _fail("mesh.sequence", mesh["sequence"], "must be 1, or sharding.sequence=sequence be set")
+
+
 def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
     model, rules = config.model, config.sharding
     batch_size, microbatches = config.data.batch_size, config.train.grad_accumulation
@@ -301,6 +330,7 @@ def _check_sizes(config: Config, mesh: dict[MeshAxis, int]) -> None:
         ("model.num_heads", model.num_heads, "heads"),
         ("model.num_kv_heads", model.num_kv_heads, "heads"),
         ("model.mlp_dim", model.mlp_dim, "mlp"),
+        ("data.seq_len", config.data.seq_len, "sequence"),
     ]
     if model.vocab_size is not None:
         sharded.append(("model.vocab_size", model.vocab_size, "vocab"))

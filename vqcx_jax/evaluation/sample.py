@@ -32,8 +32,8 @@ def sample_text(
         num_tokens: at most this many tokens.
         seed, temperature, top_k, top_p: see `generate`.
     """
-    # One sequence cannot be split over a batch axis; weights stay sharded as they are.
-    rules = dataclasses.replace(config.sharding, batch=())
+    # One token of one sequence cannot be split; weights stay sharded as they are.
+    rules = dataclasses.replace(config.sharding, batch=(), sequence=())
     graphdef, _, _ = functional.split(abstract_model(config, rules))
     prompt_ids = np.concatenate([[tokenizer.eos_id], tokenizer.encode(prompt)]).astype(np.int32)
     tokens = generate(

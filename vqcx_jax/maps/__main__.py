@@ -12,7 +12,7 @@ import numpy as np
 import vqcx_jax
 from vqcx_jax import cli, data
 from vqcx_jax.config import apply_overrides, load_config, schema, validate
-from vqcx_jax.config.schema import NonNegative, NonNegativeFloat, Positive
+from vqcx_jax.config.schema.types import NonNegative, NonNegativeFloat, Positive
 from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.errors import UserError
 from vqcx_jax.maps import describe

@@ -8,8 +8,8 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.variables import param
 from vqcx_jax.sharding import constrain, einsum, take_rows
 
-ROWS = ("batch", None)
-HIDDEN = ("batch", None, None)
+ROWS = ("batch", "sequence")
+HIDDEN = (*ROWS, None)
 
 
 class RMSNorm(nnx.Module):

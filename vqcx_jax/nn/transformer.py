@@ -8,10 +8,9 @@ from flax import nnx
 
 from vqcx_jax.config import schema
 from vqcx_jax.maps import TokenMap
-from vqcx_jax.nn.attention import Attention, KVCache, Rotary
+from vqcx_jax.nn.attention import Attention, KVCache, TokenInfo
 from vqcx_jax.nn.heads import FullHead, Head, MultiVQHead, make_head
 from vqcx_jax.nn.layers import HIDDEN, MLP, ROWS, Embedding, RMSNorm
-from vqcx_jax.ops.attention import rope_frequencies, rotary_table
 from vqcx_jax.sharding import constrain
 
 _REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -46,15 +45,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        rotary: Rotary,
-        segment_ids_BxT: jax.Array,
+        info: TokenInfo,
         cache: KVCache | None = None,
         cache_length: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache]:
         """See `Attention.__call__`."""
-        y_BxTxD, cache = self.attention(
-            self.attention_norm(x_BxTxD), rotary, segment_ids_BxT, cache, cache_length
-        )
+        y_BxTxD, cache = self.attention(self.attention_norm(x_BxTxD), info, cache, cache_length)
         x_BxTxD = x_BxTxD + y_BxTxD
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
 
@@ -115,10 +111,10 @@ class Transformer(nnx.Module):
         tokens_BxT, segment_ids_BxT, positions_BxT = (
             constrain(x, ROWS, self.rules) for x in (tokens_BxT, segment_ids_BxT, positions_BxT)
         )
-        rotary = self._rotary(positions_BxT)
+        info = self.blocks.attention.encoding.info(segment_ids_BxT, positions_BxT)
 
         def layer(x_BxTxD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            x_BxTxD, _ = block(x_BxTxD, rotary, segment_ids_BxT)
+            x_BxTxD, _ = block(x_BxTxD, info)
             return constrain(x_BxTxD, HIDDEN, self.rules), None
 
         if self.config.remat != "none":
@@ -132,10 +128,13 @@ class Transformer(nnx.Module):
         Nothing is said when it runs over: positions past max_length overwrite the last ones.
         """
         config = self.config
-        shape = (batch_size, max_length, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros((config.num_layers, *shape), jnp.dtype(config.dtype))
-        zeros = constrain(zeros, (None, "batch", None, "heads", None), self.rules)
-        return KVCache(zeros, zeros)
+        shape = (config.num_layers, batch_size, max_length, config.num_kv_heads)
+
+        def zeros(width: int) -> jax.Array:
+            x = jnp.zeros((*shape, width), jnp.dtype(config.dtype))
+            return constrain(x, (None, "batch", None, "heads", None), self.rules)
+
+        return KVCache(zeros(self.blocks.attention.encoding.key_width), zeros(config.head_dim))
 
     def extend(
         self, tokens_BxT: jax.Array, cache: KVCache, cache_length: jax.Array | int
@@ -149,14 +148,13 @@ class Transformer(nnx.Module):
             (B, T, D) and the cache with the T tokens added.
         """
         positions = jnp.zeros_like(tokens_BxT) + cache_length + jnp.arange(tokens_BxT.shape[1])
-        rotary = self._rotary(positions)
-        segment_ids = jnp.zeros_like(tokens_BxT)
+        info = self.blocks.attention.encoding.info(jnp.zeros_like(tokens_BxT), positions)
 
         def layer(
             x_BxTxD: jax.Array, block_and_cache: tuple[Block, KVCache]
         ) -> tuple[jax.Array, KVCache]:
             block, layer_cache = block_and_cache
-            return block(x_BxTxD, rotary, segment_ids, layer_cache, cache_length)
+            return block(x_BxTxD, info, layer_cache, cache_length)
 
         x_BxTxD, cache = jax.lax.scan(layer, self._embed(tokens_BxT), (self.blocks, cache))
         return self.final_norm(x_BxTxD), cache
@@ -166,11 +164,6 @@ class Transformer(nnx.Module):
             return self.embedding(tokens_BxT)
         assert isinstance(self.head, FullHead | MultiVQHead)
         return self.head.embed(tokens_BxT)
-
-    def _rotary(self, positions_BxT: jax.Array) -> Rotary:
-        config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.attention.rope_base)
-        return Rotary(*rotary_table(positions_BxT, frequencies))
 
 
 def _embedding(config: schema.Model, rules: schema.ShardingRules, rngs: nnx.Rngs) -> Embedding:

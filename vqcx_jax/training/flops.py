@@ -26,11 +26,14 @@ _PEAK_FLOPS = {
 def train_flops_per_token(config: schema.Model, seq_len: int) -> float:
     """FLOPs of forward and backward per token, recomputation not counted.
 
-    6 per matrix weight and token, plus causal attention: 6 L T H d (half of the full square).
+    6 per matrix weight and token, plus causal attention: 6 L H (key_width + d) for each key that a
+    query sees, (T + 1) / 2 of them on average, or less with a window.
     """
     trunk, head = matrix_parameters(config)
-    attention = 6 * config.num_layers * seq_len * config.num_heads * config.head_dim
-    return 6.0 * (trunk + head) + attention
+    window = min(config.attention.window or seq_len, seq_len)
+    keys = window - window * (window - 1) / (2 * seq_len)
+    widths = _key_width(config) + config.head_dim
+    return 6.0 * (trunk + head + config.num_layers * config.num_heads * widths * keys)
 
 
 def matrix_parameters(config: schema.Model) -> tuple[int, int]:
@@ -38,6 +41,15 @@ def matrix_parameters(config: schema.Model) -> tuple[int, int]:
     attention_width = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     trunk = config.num_layers * config.embed_dim * (attention_width + 3 * config.mlp_dim)
     return trunk, _head_parameters(config)
+
+
+def _key_width(config: schema.Model) -> int:
+    match config.attention:
+        case schema.HarmonicAttention(num_harmonics=num_harmonics):
+            return num_harmonics * config.head_dim
+        case schema.PopeAttention():
+            return 2 * config.head_dim
+    return config.head_dim
 
 
 def _head_parameters(config: schema.Model) -> int:

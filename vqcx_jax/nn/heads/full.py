@@ -13,7 +13,7 @@ from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import softmax
 from vqcx_jax.ops.labels import check_labels
-from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
+from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device, token_mesh_axes
 
 
 class FullHead(Head):
@@ -81,7 +81,7 @@ class FullHead(Head):
         is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
         counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid
         weights, bias = self._arrays()
-        vocab_axes, token_axes = (mesh_axes(axis, self.rules) for axis in ("vocab", "batch"))
+        vocab_axes, token_axes = mesh_axes("vocab", self.rules), token_mesh_axes(self.rules)
         sums = partial(softmax.summed_nll, cap=self.logit_soft_cap, vocab_axes=vocab_axes)
         axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS, ROWS, ("vocab",), ()]
         loss, nll = per_device(

@@ -10,7 +10,7 @@ from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer
 from vqcx_jax.ops.codebook import reassign
 from vqcx_jax.ops.codebook.reassign import Statistics
-from vqcx_jax.sharding import constrain, mesh_axes, per_device
+from vqcx_jax.sharding import constrain, per_device, token_mesh_axes
 
 # A token moves when the running mean of its hidden states is that of so many positions.
 _MIN_COUNT = 8.0
@@ -56,7 +56,7 @@ class ReassignedVQHead(MultiVQHead):
         self, h_BxTxD: jax.Array, targets_BxT: jax.Array, is_token_BxT: jax.Array
     ) -> Statistics:
         """See `Head.observe`."""
-        axes = mesh_axes("batch", self.rules)
+        axes = token_mesh_axes(self.rules)
 
         def of_all_rows(h: jax.Array, targets: jax.Array, is_token: jax.Array) -> tuple[Any, ...]:
             of_these = tuple(reassign.observe(h, targets, is_token, self.vocab_size))

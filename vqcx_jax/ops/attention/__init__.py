@@ -31,7 +31,12 @@ from vqcx_jax.ops.attention.reference import (
     rope_scores,
     smooth_scores,
 )
-from vqcx_jax.ops.attention.rotary import rope_frequencies, rotary_table, rotate
+from vqcx_jax.ops.attention.rotary import (
+    per_head_frequencies,
+    rope_frequencies,
+    rotary_table,
+    rotate,
+)
 from vqcx_jax.ops.attention.smooth import smooth_adapt
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "key_harmonics",
     "linear_frequencies",
     "ntk_frequencies",
+    "per_head_frequencies",
     "phase_contrastive_loss",
     "pope_frequencies",
     "pope_queries_and_keys",

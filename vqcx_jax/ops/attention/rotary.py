@@ -35,6 +35,26 @@ def rope_frequencies(head_dim: int, base: float = 10_000.0, *, fraction: float =
     return jnp.where(planes < num_turning, base ** (-2.0 * planes / head_dim), 0.0)
 
 
+def per_head_frequencies(
+    num_heads: int, head_dim: int, base: float = 10_000.0, *, fraction: float = 1.0
+) -> jax.Array:
+    """omega_h,i = omega_i base^(-2h / (num_heads head_dim)), in radians per position.
+
+    A head's frequencies lie evenly, on a logarithmic scale, between those of RoPE: all heads
+    together have num_heads as many. Head 0 has RoPE's.
+
+    Args:
+        num_heads: key heads, as a query head must turn as its key head does.
+        head_dim, base, fraction: as in `rope_frequencies`.
+
+    Returns:
+        float32 (num_heads, P).
+    """
+    shift = jnp.arange(num_heads, dtype=jnp.float32) / num_heads
+    of_head = base ** (-2.0 * shift / head_dim)
+    return of_head[:, None] * rope_frequencies(head_dim, base, fraction=fraction)
+
+
 def rotary_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position times frequency.
 

@@ -1,0 +1,218 @@
+"""Self-attention, grouped-query, with a KV cache."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vqcx_jax.config import schema
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn.attention.base import HEADS, QueriesAndKeys, TokenInfo
+from vqcx_jax.nn.attention.make import make_encoding
+from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
+from vqcx_jax.nn.variables import param
+from vqcx_jax.ops import attention as ops
+from vqcx_jax.sharding import LogicalAxes, block_index, constrain, einsum, per_device
+
+# Keys and values of whole rows, and their segments.
+_ALL_KEYS: LogicalAxes = ("batch", None, "heads", None)
+_ALL_ROWS: LogicalAxes = ("batch", None)
+
+
+class KVCache(NamedTuple):
+    """Keys (already encoded) and values of one layer, or of all layers stacked in front.
+
+    k: (..., B, S, K, key_width), v: (..., B, S, K, d), with room for S positions.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; `attention` says how queries and keys become position-aware.
+
+    Args:
+        dim: D, of inputs and outputs.
+        num_heads, num_kv_heads: H query heads, K key heads; K divides H.
+        head_dim: d.
+        attention: one of `config.schema.AttentionConfig`.
+        causal: False lets a token see those after it in its document, too.
+        num_layers: that write to the residual stream, for the scale of the output projection.
+        dtype: of activations and matrix products.
+        rules: how logical axes are sharded when a mesh is set.
+        rngs: a `params` stream.
+
+    Example:
+        attention = Attention(
+            512, num_heads=8, num_kv_heads=8, head_dim=64,
+            attention=schema.ComplexAttention(), rngs=nnx.Rngs(0),
+        )
+        y_BxTxD, _ = attention(x_BxTxD)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        attention: schema.AttentionConfig,
+        causal: bool = True,
+        num_layers: int = 1,
+        dtype: jnp.dtype = jnp.float32,
+        rules: schema.ShardingRules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        rules = rules or schema.ShardingRules()
+        q_shape, kv_shape = (dim, num_heads, head_dim), (dim, num_kv_heads, head_dim)
+        o_shape = (num_heads, head_dim, dim)
+        self.q = param(fan_in_normal(rngs.params(), q_shape, dim), ("embed", "heads", None))
+        self.k = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "heads", None))
+        self.v = param(fan_in_normal(rngs.params(), kv_shape, dim), ("embed", "heads", None))
+        out = residual_normal(rngs.params(), o_shape, num_heads * head_dim, num_layers)
+        self.out = param(out, ("heads", None, "embed"))
+        if attention.qk_norm:
+            self.q_gain = param(jnp.ones((head_dim,), jnp.float32), (None,), decay=False)
+            self.k_gain = param(jnp.ones((head_dim,), jnp.float32), (None,), decay=False)
+        self.encoding = make_encoding(
+            attention,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rules=rules,
+            rngs=rngs,
+        )
+        self.options = attention
+        self.causal = causal
+        self.dtype = jnp.dtype(dtype)
+        self.rules = rules
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        info: TokenInfo | None = None,
+        cache: KVCache | None = None,
+        cache_length: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache]:
+        """Attention within segments.
+
+        Args:
+            x_BxTxD: inputs.
+            info: from `self.encoding.info`. None: every row is one document and begins at
+                position cache_length. Segments are ignored with a cache.
+            cache: keys and values of earlier positions, `cache_length` of them filled.
+
+        Returns:
+            (B, T, D) and the keys and values: the updated cache, or this call's own.
+
+        Raises:
+            UserError: a cache, for attention that is not causal.
+        """
+        if cache is not None and not self.causal:
+            raise UserError("cache: must be None for causal=False, a cache holds what came before")
+        info = info or self._one_document(x_BxTxD, cache_length)
+        q_BxTxHxd, k_BxTxKxd = self.queries_and_keys(x_BxTxD, info)
+        v_BxTxKxd = self._project(self.v, x_BxTxD)
+        slopes = self.encoding.slopes()
+        penalty = () if slopes is None else (slopes,)
+        if cache is None:
+            cache = KVCache(k_BxTxKxd, v_BxTxKxd)
+            k_BxTxKxd, v_BxTxKxd = (constrain(x, _ALL_KEYS, self.rules) for x in cache)
+            segment_ids_BxT = constrain(info.segment_ids, _ALL_ROWS, self.rules)
+            in_axes = (HEADS, _ALL_KEYS, _ALL_KEYS, ROWS, _ALL_ROWS, *(("heads",) for _ in penalty))
+            (y_BxTxHxd,) = per_device(self._attend_packed, in_axes, (HEADS,), self.rules)(
+                q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids, segment_ids_BxT, *penalty
+            )
+        else:
+            in_axes = (*(_ALL_KEYS,) * 5, (), *(("heads",) for _ in penalty))
+            length = jnp.asarray(cache_length, jnp.int32)
+            y_BxTxHxd, *updated = per_device(
+                self._attend_cached, in_axes, (_ALL_KEYS,) * 3, self.rules
+            )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *cache, length, *penalty)
+            cache = KVCache(*updated)
+        out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)
+        return einsum("bthk,hkd->btd", y_BxTxHxd, out_HxdxD, HIDDEN, self.rules), cache
+
+    def queries_and_keys(self, x_BxTxD: jax.Array, info: TokenInfo) -> QueriesAndKeys:
+        """Encoded queries (B, T, H, key_width) and keys (B, T, K, key_width).
+
+        The scores are their dot products times `self.encoding.scale`, but for ALiBi's penalty and
+        a soft-cap.
+        """
+        q_BxTxHxd = self._project(self.q, x_BxTxD)
+        k_BxTxKxd = self._project(self.k, x_BxTxD)
+        if self.options.qk_norm:
+            q_BxTxHxd = ops.qk_norm(q_BxTxHxd, self.q_gain[...])
+            k_BxTxKxd = ops.qk_norm(k_BxTxKxd, self.k_gain[...])
+        return self.encoding(q_BxTxHxd, k_BxTxKxd, info)
+
+    def _project(self, weight: nnx.Param, x_BxTxD: jax.Array) -> jax.Array:
+        w = constrain(weight[...].astype(self.dtype), (None, "heads", None), self.rules)
+        return jnp.einsum("btd,dhk->bthk", x_BxTxD, w)
+
+    def _one_document(self, x_BxTxD: jax.Array, first: jax.Array | int) -> TokenInfo:
+        segment_ids_BxT = jnp.zeros(x_BxTxD.shape[:2], jnp.int32)
+        positions_BxT = segment_ids_BxT + first + jnp.arange(x_BxTxD.shape[1])
+        rows = (constrain(x, ROWS, self.rules) for x in (segment_ids_BxT, positions_BxT))
+        return self.encoding.info(*rows)
+
+    # The functions below see one device's queries: of its rows, heads and part of the sequence.
+
+    def _attend_packed(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_segment_ids: jax.Array,
+        k_segment_ids: jax.Array,
+        *slopes: jax.Array,
+    ) -> tuple[jax.Array]:
+        first = block_index("sequence", self.rules) * q.shape[1]
+        mask = self._mask(q.shape[1], k.shape[1], first)
+        in_segment = ops.segment_mask(q_segment_ids, k_segment_ids)
+        mask = in_segment if mask is None else in_segment & mask
+        return (self._attend(q, k, v, mask, first, *slopes),)
+
+    def _attend_cached(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cached_k: jax.Array,
+        cached_v: jax.Array,
+        cache_length: jax.Array,
+        *slopes: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        start = (0, cache_length, 0, 0)
+        cached_k = jax.lax.dynamic_update_slice(cached_k, k.astype(cached_k.dtype), start)
+        cached_v = jax.lax.dynamic_update_slice(cached_v, v.astype(cached_v.dtype), start)
+        mask = self._mask(q.shape[1], cached_k.shape[1], cache_length)
+        y = self._attend(q, cached_k, cached_v, mask, cache_length, *slopes)
+        return y, cached_k, cached_v
+
+    def _mask(self, num_queries: int, num_keys: int, first: jax.Array | int) -> jax.Array | None:
+        mask = ops.causal_mask(num_queries, num_keys, first) if self.causal else None
+        if self.options.window is None:
+            return mask
+        window = ops.window_mask(num_queries, num_keys, self.options.window, first)
+        return window if mask is None else mask & window
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array | None,
+        first: jax.Array | int,
+        *slopes: jax.Array,
+    ) -> jax.Array:
+        bias = None
+        if slopes:
+            q_index, k_index = first + jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+            bias = ops.alibi_bias(slopes[0], q_index[None], k_index[None])
+        attend = partial(ops.attend, scale=self.encoding.scale, bias=bias)
+        return attend(q, k, v, mask, soft_cap=self.options.logit_soft_cap)

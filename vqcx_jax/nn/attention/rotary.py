@@ -1,0 +1,95 @@
+"""RoPE as an encoding, and the frequencies that all encodings by rotation share."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vqcx_jax.config import schema
+from vqcx_jax.nn.attention.base import HEADS, PER_HEAD, Encoding, QueriesAndKeys, TokenInfo
+from vqcx_jax.nn.layers import ROWS
+from vqcx_jax.nn.variables import param
+from vqcx_jax.ops import attention as ops
+from vqcx_jax.sharding import LogicalAxes, per_device
+
+# A function of `ops.attention.encode`, and its parameters with their logical axes.
+Adapt = tuple[Callable[..., QueriesAndKeys], dict[str, tuple[jax.Array, LogicalAxes]]]
+
+
+class RotaryEncoding(Encoding):
+    """RoPE: queries and keys turned by position times frequency.
+
+    Trained frequencies are omega exp(log_ratio), where they start at omega: (P,), or (K, P) for
+    frequencies of each key head.
+    """
+
+    def __init__(
+        self,
+        attention: schema.Rotary,
+        num_kv_heads: int,
+        head_dim: int,
+        rules: schema.ShardingRules,
+    ):
+        super().__init__(head_dim, rules)
+        self.attention = attention
+        self.num_kv_heads = num_kv_heads
+        if attention.extension == "yarn":
+            self.scale *= ops.yarn_magnitude(attention.extension_factor) ** 2
+        if attention.learned_frequencies:
+            shape = self._first_frequencies().shape
+            axes = PER_HEAD if len(shape) == 2 else (None,)
+            self.log_ratio = param(jnp.zeros(shape, jnp.float32), axes, decay=False)
+
+    def frequencies(self) -> jax.Array:
+        """Radians per position, float32 (P,) or (K, P), as training left them."""
+        frequencies = self._first_frequencies()
+        if self.attention.learned_frequencies:
+            frequencies = frequencies * jnp.exp(self.log_ratio[...])
+        return self._extended(frequencies)
+
+    def table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Cosines and sines, (B, T, P) or (B, T, K, P); () for trained frequencies."""
+        if self.attention.learned_frequencies:
+            return ()
+        return ops.rotary_table(positions, self.frequencies())
+
+    def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
+        """See `Encoding`."""
+        function, parameters = self._adapt()
+        table = info.table or self._own_table(info.positions)
+        return self._encode(function, q, k, table, parameters)
+
+    def _adapt(self) -> Adapt:
+        return ops.rope_queries_and_keys, {}
+
+    def _own_table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
+        frequencies = self.frequencies()
+        per_head = frequencies.ndim == 2
+        out_axes = HEADS if per_head else (*ROWS, None)
+        make = per_device(
+            ops.rotary_table,
+            (ROWS, PER_HEAD if per_head else (None,)),
+            (out_axes, out_axes),
+            self.rules,
+        )
+        return make(positions, frequencies)
+
+    def _first_frequencies(self) -> jax.Array:
+        base, fraction = self.attention.rope_base, self.attention.rope_fraction
+        if self.attention.frequencies == "per_head":
+            return ops.per_head_frequencies(
+                self.num_kv_heads, self.head_dim, base, fraction=fraction
+            )
+        return ops.rope_frequencies(self.head_dim, base, fraction=fraction)
+
+    def _extended(self, frequencies: jax.Array) -> jax.Array:
+        factor, length = self.attention.extension_factor, self.attention.trained_length
+        match self.attention.extension:
+            case "linear":
+                return ops.linear_frequencies(frequencies, factor)
+            case "ntk":
+                return ops.ntk_frequencies(frequencies, factor)
+            case "yarn":
+                assert length is not None
+                return ops.yarn_frequencies(frequencies, factor, length)
+        return frequencies
