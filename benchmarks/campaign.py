@@ -23,9 +23,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import reports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +58,9 @@ class Campaign:
         maps: token maps by name: options of `python -m vqcx_jax.maps`.
         learning_rate: where the search begins.
         seeds: how many.
+        more_seeds: variant -> how many, for those of which more is to be known.
+        report: which tables, see `reports.OF_KIND`.
+        lengths: trained models are evaluated in rows of so many tokens, too, by position.
     """
 
     config: str
@@ -66,6 +71,13 @@ class Campaign:
     maps: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
     learning_rate: float = 4e-3
     seeds: int = 3
+    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    report: str = "heads"
+    lengths: tuple[int, ...] = ()
+
+    def seeds_of(self, variant: str) -> int:
+        """How many seeds a variant is trained with."""
+        return max(self.seeds, self.more_seeds.get(variant, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +107,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("campaign", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="where the campaign's text is")
+    parser.add_argument("--data", type=Path, default=Path(), help="where the campaign's text is")
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--work", type=Path, help="token maps, caches and the run going on")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--seeds", type=int, help="at most so many of the campaign's seeds")
-    parser.add_argument("--plot", type=Path, help="perplexity against size (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="an SVG of the report (needs matplotlib)")
     args = parser.parse_args()
     campaign = _load(args.campaign, args.data)
     if args.only:
         chosen = {name: campaign.variants[name] for name in args.only}
         campaign = dataclasses.replace(campaign, variants=chosen)
     if args.seeds is not None:
-        campaign = dataclasses.replace(campaign, seeds=min(args.seeds, campaign.seeds))
+        fewer = {name: min(args.seeds, n) for name, n in campaign.more_seeds.items()}
+        seeds = min(args.seeds, campaign.seeds)
+        campaign = dataclasses.replace(campaign, seeds=seeds, more_seeds=fewer)
     if args.action == "report":
-        _report(campaign, _read(args.results), args.plot)
+        _report(campaign, args.results, args.plot)
         return
     if args.work is None:
         parser.error("--work is needed to run")
@@ -144,13 +158,20 @@ def _read(path: Path) -> Results:
     return {_key(record["asked"]): record for record in records}
 
 
-def _loss(record: Mapping[str, Any]) -> float:
-    """Validation loss; infinite for a run that diverged."""
-    return math.inf if record["loss"] is None else record["loss"]
-
-
 def _key(asked: Mapping[str, Any]) -> str:
     return json.dumps(asked, sort_keys=True, default=str)
+
+
+def _report(campaign: Campaign, path: Path, plot: Path | None) -> None:
+    rows = [row for name in campaign.variants if (row := _chosen(campaign, name, path))]
+    reports.OF_KIND[campaign.report](rows, campaign.baseline, plot)
+
+
+def _chosen(campaign: Campaign, name: str, path: Path) -> reports.Chosen | None:
+    results = _read(path)
+    mine = [r for r in results.values() if r["variant"] == name]
+    asked = [_key(Run(name, r["learning_rate"], r["seed"]).asked(campaign)) for r in mine]
+    return reports.choose(name, (results[key] for key in asked if key in results))
 
 
 # ---------------------------------------------------------------- the queue
@@ -161,7 +182,7 @@ def _next(campaign: Campaign, variant: str, results: Results) -> Run | None:
 
     def loss(run: Run) -> float | None:
         record = results.get(_key(run.asked(campaign)))
-        return None if record is None else _loss(record)
+        return None if record is None else reports.loss_of(record)
 
     for run in _search(campaign, variant, loss):
         if loss(run) is None:
@@ -184,7 +205,7 @@ def _search(campaign: Campaign, variant: str, loss: Any) -> Iterator[Run]:
         if better == best:
             break
         best = better
-    for seed in range(1, campaign.seeds):
+    for seed in range(1, campaign.seeds_of(variant)):
         yield at(best, seed)
 
 
@@ -236,6 +257,7 @@ def _train(campaign: Campaign, run: Run, work: Path) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "peak_gib": usage.ru_maxrss / 2**20,
         **_sizes(workdir),
+        **({"by_length": _by_length(workdir, campaign.lengths)} if campaign.lengths else {}),
         "commit": _commit(),
     }
 
@@ -293,96 +315,23 @@ def _sizes(workdir: Path) -> dict[str, int]:
     }
 
 
+def _by_length(workdir: Path, lengths: Sequence[int]) -> dict[str, list[tuple[float, ...]]]:
+    """First and last position, nll and tokens, in rows of each length."""
+    from vqcx_jax.evaluation import TrainedModel
+
+    model = TrainedModel.load(workdir)
+    found = {}
+    for length in lengths:
+        parts = model.perplexity("validation", seq_len=length).loss.by_position
+        found[str(length)] = [(p.first, p.last, p.loss.nll, p.loss.tokens) for p in parts]
+    return found
+
+
 def _commit() -> str:
     result = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return result.stdout.strip()
-
-
-# ---------------------------------------------------------------- the report
-
-
-def _report(campaign: Campaign, results: Results, plot: Path | None) -> None:
-    rows = [row for name in campaign.variants if (row := _row(campaign, name, results))]
-    losses = {row["name"]: row["losses"] for row in rows}
-    base = losses.get(campaign.baseline, {})
-    base_seconds = next((r["s_step"] for r in rows if r["name"] == campaign.baseline), math.nan)
-    print(
-        "| head | vectors / V D | with scalars | bytes | lr | seeds | perplexity | ratio | step |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        paired = [math.exp(row["losses"][s] - base[s]) for s in row["losses"] if s in base]
-        print(
-            f"| {row['name']} | {row['share']:.2%} | {row['share_scalars']:.2%} "
-            f"| {row['bytes']:.1%} | {row['lr']:g} | {len(row['losses'])} "
-            f"| {_mean(map(math.exp, row['losses'].values()), 1)} | {_mean(paired, 3)} "
-            f"| {row['s_step'] / base_seconds:.2f} |"
-        )
-    print("\nValidation losses, by seed:")
-    for row in rows:
-        print(f"- {row['name']}:", ", ".join(f"{loss:.4f}" for loss in row["losses"].values()))
-    if plot is not None:
-        _plot(campaign, rows, plot)
-
-
-def _row(campaign: Campaign, name: str, results: Results) -> dict[str, Any] | None:
-    """A variant at its best learning rate; None if nothing has been run."""
-    mine = [r for r in results.values() if r["variant"] == name]
-    asked = [_key(Run(name, r["learning_rate"], r["seed"]).asked(campaign)) for r in mine]
-    mine = [r for r, key in zip(mine, asked, strict=True) if key in results]
-    first = [r for r in mine if r["seed"] == 0 and r["loss"] is not None]
-    if not first:
-        return None
-    best = min(first, key=lambda r: r["loss"])
-    chosen = sorted(
-        (r for r in mine if r["learning_rate"] == best["learning_rate"]), key=lambda r: r["seed"]
-    )
-    full = best["vocab_size"] * best["embed_dim"]
-    scalars_and_vectors = best["head_vectors"] + best["head_scalars"]
-    return {
-        "name": name,
-        "lr": best["learning_rate"],
-        "losses": {r["seed"]: _loss(r) for r in chosen},
-        "share": best["head_vectors"] / full,
-        "share_scalars": scalars_and_vectors / full,
-        "bytes": (2 * scalars_and_vectors + best["code_bits"] / 8) / (2 * full),
-        "s_step": statistics.median(r["seconds_per_step"] for r in chosen),
-    }
-
-
-def _mean(values: Any, digits: int) -> str:
-    values = list(values)
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
-
-
-def _plot(campaign: Campaign, rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for row in rows:
-        perplexities = [math.exp(loss) for loss in row["losses"].values()]
-        x, y = row["share_scalars"], statistics.fmean(perplexities)
-        spread = [[y - min(perplexities)], [max(perplexities) - y]]
-        axes.errorbar([x], [y], yerr=spread, fmt="o", capsize=3)
-        axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-        if row["name"] == campaign.baseline:
-            axes.axhline(y, color="gray", linewidth=0.7)
-            axes.axhline(1.04 * y, color="gray", linewidth=0.7, linestyle="dashed")
-    axes.set(xscale="log", yscale="log")
-    axes.set_xlabel("trained numbers of the output layer / V D (vectors, biases, scales)")
-    axes.set_ylabel("validation perplexity (bars: lowest and highest seed)")
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

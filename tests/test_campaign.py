@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ PATH = Path(__file__).parent.parent / "benchmarks" / "campaign.py"
 
 
 @pytest.fixture(scope="module")
-def module() -> Any:
+def module() -> Iterator[Any]:
+    sys.path.insert(0, str(PATH.parent))  # As for the script: it imports its neighbours.
     spec = importlib.util.spec_from_file_location("benchmark_campaign", PATH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(PATH.parent))
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_report(
     path = tmp_path / "r.jsonl"
     drain(module, campaign, "full", lambda lr, seed: 1 + abs(lr - 1) + seed, path)
     drain(module, campaign, "vq", lambda lr, seed: 1.1 + abs(lr - 1) + seed, path)
-    module._report(campaign, module._read(path), None)
+    module._report(campaign, path, None)
     full, vq = (
         line for line in capsys.readouterr().out.splitlines() if line[:6] in ("| full", "| vq |")
     )
@@ -105,3 +108,31 @@ def test_report(
     # (2 (100 + 1000) + 1000 bytes of codes) / 20,000; every seed has exp(0.1) times the perplexity.
     assert vq.startswith("| vq | 1.00% | 11.00% | 16.0% | 1 | 3 |")
     assert vq.endswith("| 1.105 ± 0.000 | 0.25 |")
+
+
+def test_attention_report(
+    module: Any, campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Differences to the baseline with the same seed, 0.1 +- 0.01, tested against 0."""
+    path = tmp_path / "r.jsonl"
+    losses = {"full": [1.0, 2.0, 3.0], "vq": [1.09, 2.1, 3.11]}
+    with path.open("w") as file:
+        for name, of_seeds in losses.items():
+            for seed, loss in enumerate(of_seeds):
+                run = record(module, campaign, module.Run(name, 1.0, seed), loss)
+                positions = [[0, 3, 8.0 * loss, 8], [4, 7, 4.0 * loss, 4]]
+                file.write(json.dumps(run | {"by_length": {"8": positions}}) + "\n")
+    module._report(module.dataclasses.replace(campaign, report="attention"), path, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| full | 1 | 3 | 10.06 ± 5.19 |  |  |" in lines
+    # t = 0.1 / (0.01 / sqrt(3)) with two degrees of freedom.
+    assert "| vq | 1 | 3 | 11.19 ± 5.81 | 0.1000 ± 0.0058 | 0.003 |" in lines
+    assert "| rows of 8, by position | 0 to 3 | 4 to 7 |" in lines
+    assert "| vq | 11.19 ± 5.81 | 11.19 ± 5.81 |" in lines
+
+
+def test_more_seeds_for_some(module: Any, campaign: Any, tmp_path: Path) -> None:
+    more = module.dataclasses.replace(campaign, more_seeds={"vq": 5})
+    path = tmp_path / "r.jsonl"
+    assert len(drain(module, more, "full", lambda lr, _: abs(lr - 1), path)) == 3 + 2
+    assert len(drain(module, more, "vq", lambda lr, _: abs(lr - 1), path)) == 3 + 4

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.attention.planes import from_pair, to_pair
+from vqcx_jax.ops.attention.trig import arctan2, cos_sin
 
 
 def euler_adapt(x: jax.Array, delta: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -38,9 +39,9 @@ def euler_adapt(x: jax.Array, delta: jax.Array, bias: jax.Array | None = None) -
 def _polar_power(
     real: jax.Array, imag: jax.Array, delta: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    radius, theta = _polar_form(real, imag)
-    angle = delta * theta + bias
-    return radius * jnp.cos(angle), radius * jnp.sin(angle)
+    cos_phi, sin_phi = cos_sin(delta * arctan2(imag, real) + bias)
+    radius = jnp.hypot(real, imag)
+    return radius * cos_phi, radius * sin_phi
 
 
 @_polar_power.defjvp
@@ -52,9 +53,12 @@ def _polar_power_jvp(
     # written this way nothing is divided by mu, and the gradient at 0 is finite.
     real, imag, delta, bias = primals
     d_real, d_imag, d_delta, d_bias = tangents
-    radius, theta = _polar_form(real, imag)
-    cos_theta, sin_theta = jnp.cos(theta), jnp.sin(theta)
-    cos_phi, sin_phi = jnp.cos(delta * theta + bias), jnp.sin(delta * theta + bias)
+    radius, theta = jnp.hypot(real, imag), arctan2(imag, real)
+    # Where theta is 0 for lack of a phase, cos(theta) is 1.
+    is_tiny = radius < 1e-37
+    divisor = jnp.where(is_tiny, 1.0, radius)
+    cos_theta, sin_theta = jnp.where(is_tiny, 1.0, real / divisor), imag / divisor
+    cos_phi, sin_phi = cos_sin(delta * theta + bias)
     along = cos_theta * d_real + sin_theta * d_imag
     across = (
         delta * (cos_theta * d_imag - sin_theta * d_real)
@@ -63,9 +67,3 @@ def _polar_power_jvp(
     )
     out = radius * cos_phi, radius * sin_phi
     return out, (cos_phi * along - sin_phi * across, sin_phi * along + cos_phi * across)
-
-
-def _polar_form(real: jax.Array, imag: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # arctan2(+-0, -0) is +-pi, and on CPUs arctan2 of two subnormal numbers is NaN.
-    is_zero = jnp.abs(real) < jnp.finfo(real.dtype).tiny
-    return jnp.hypot(real, imag), jnp.arctan2(imag, jnp.where(is_zero, 0.0, real))

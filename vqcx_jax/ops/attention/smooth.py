@@ -43,33 +43,35 @@ def smooth_adapt(x: jax.Array, a: jax.Array, bias: jax.Array | None = None) -> j
     much smaller than `planes.EPSILON` keep their phases. Its derivative by x is at most the
     largest slope, (1 + |alpha|) / (1 - |alpha|) = (sqrt(1 + |a|^2) + |a|)^2.
     """
-    y = _bend(to_pair(x), to_pair(a))
-    if bias is not None:
-        y = multiply(y, unit(bias.astype(jnp.float32)))
-    return from_pair(y).astype(x.dtype)
+    a_pair = to_pair(a)
+    bias = jnp.zeros_like(a_pair[0]) if bias is None else bias.astype(jnp.float32)
+    return from_pair(_bend(to_pair(x), a_pair, bias)).astype(x.dtype)
 
 
 @jax.custom_jvp
-def _bend(x: Pair, a: Pair) -> Pair:
-    """X e^{i psi} with psi = phi - theta."""
-    return multiply(x, _turn(direction(x), a)[0])
+def _bend(x: Pair, a: Pair, bias: jax.Array) -> Pair:
+    """X e^{i psi} with psi = phi - theta + bias."""
+    return multiply(x, multiply(_turn(direction(x), a)[0], unit(bias)))
 
 
 @_bend.defjvp
-def _bend_jvp(primals: tuple[Pair, Pair], tangents: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
+def _bend_jvp(
+    primals: tuple[Pair, Pair, jax.Array], tangents: tuple[Pair, Pair, jax.Array]
+) -> tuple[Pair, Pair]:
     # By hand for speed only: automatic differentiation keeps twice as many arrays.
-    x, a = primals
-    d_x, d_a = tangents
+    x, a, bias = primals
+    d_x, d_a, d_bias = tangents
     amplitude, z = smooth_amplitude(x), direction(x)
     turn, w, size, s = _turn(z, a)
+    turn = multiply(turn, unit(bias))
     y = multiply(x, turn)
-    # dz = d(x / amplitude), dw = ds - da conj(z) - a conj(dz), d psi = 2 Im(dw / w).
+    # dz = d(x / amplitude), dw = ds - da conj(z) - a conj(dz), d psi = 2 Im(dw / w) + d bias.
     along = z[0] * d_x[0] + z[1] * d_x[1]
     d_z = (d_x[0] - along * z[0]) / amplitude, (d_x[1] - along * z[1]) / amplitude
     d_s = (a[0] * d_a[0] + a[1] * d_a[1]) / s
     by_a, by_z = _times_conjugate(d_a, z), _times_conjugate(a, d_z)
     d_w = d_s - by_a[0] - by_z[0], -by_a[1] - by_z[1]
-    d_psi = 2.0 * (w[0] * d_w[1] - w[1] * d_w[0]) / size
+    d_psi = 2.0 * (w[0] * d_w[1] - w[1] * d_w[0]) / size + d_bias
     # dy = e^{i psi} dx + i y d psi.
     turned = multiply(turn, d_x)
     return y, (turned[0] - y[1] * d_psi, turned[1] + y[0] * d_psi)
