@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vqcx_jax import cli
-from vqcx_jax.config.schema import NonNegative, NonNegativeFloat, Positive
-from vqcx_jax.evaluation import TrainedModel
+from vqcx_jax.config.schema.types import NonNegative, NonNegativeFloat, Positive
+from vqcx_jax.evaluation import OVERRIDABLE, SplitLoss, TrainedModel
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 
@@ -25,6 +25,10 @@ class Flags:
         "validation"
     )
     num_documents: Annotated[Positive | None, "perplexity: of the first so many; none: all"] = None
+    seq_len: Annotated[Positive | None, "perplexity: tokens in a row; none: as in training"] = None
+    by_position: Annotated[
+        bool, "perplexity: also by position in the document, which begins again where a row ends"
+    ] = False
     path: Annotated[str | None, "perplexity: where the text is; none: as in training"] = None
     cache_dir: Annotated[str | None, "perplexity: prepared corpora; none: as in training"] = None
     prompt: Annotated[str, "generate: text to continue"] = ""
@@ -40,8 +44,8 @@ class Flags:
 
 
 def main() -> None:
-    flags, _ = cli.parse_args(Flags, sys.argv[1:])
-    model = TrainedModel.load(Path(flags.checkpoint), flags.step)
+    flags, overrides = cli.parse_args(Flags, sys.argv[1:], OVERRIDABLE)
+    model = TrainedModel.load(Path(flags.checkpoint), flags.step, overrides)
     if flags.task == "generate":
         text = model.generate(
             flags.prompt,
@@ -58,6 +62,7 @@ def main() -> None:
         path=flags.path,
         cache_dir=flags.cache_dir,
         num_documents=flags.num_documents,
+        seq_len=flags.seq_len,
     )
     loss, units = result.loss, result.units
     print(f"step {model.step}, {flags.split}: {units.documents:,} documents")
@@ -66,6 +71,15 @@ def main() -> None:
     print(f"perplexity per token  {loss.perplexity:.4f}  ({loss.tokens:,} tokens)")
     print(f"perplexity per word   {loss.word_perplexity(units.words):.4f}  ({units.words:,} words)")
     print(f"bits per byte         {loss.bits_per_byte(units.bytes):.4f}  ({units.bytes:,} bytes)")
+    if flags.by_position:
+        print_by_position(loss)
+
+
+def print_by_position(loss: SplitLoss) -> None:
+    print("\npositions        perplexity per token")
+    for part in loss.by_position:
+        positions = f"{part.first:,} to {part.last:,}"
+        print(f"{positions:<15} {part.loss.perplexity:>11.4f}  ({part.loss.tokens:,} tokens)")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,17 @@ def test_help_without_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert "overridden" not in text
 
 
+def test_some_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config.model.x=3", "--checkpoint=a", "--config.model.y", "4"]
+    flags, overrides = parse_args(Eval, argv, ["model.x", "model.y"])
+    assert flags == Eval(checkpoint="a")
+    assert overrides == [("model.x", "3"), ("model.y", "4")]
+    with pytest.raises(SystemExit):
+        parse_args(Eval, ["--help"], ["model.x", "model.y"])
+    text = capsys.readouterr().out
+    assert text.endswith("overridden:\n  --config.model.x=VALUE\n  --config.model.y=VALUE\n")
+
+
 SCRIPT = """
 import sys
 from dataclasses import dataclass

@@ -220,6 +220,31 @@ def test_perplexity_of_a_run(runs: Runs) -> None:
     assert bits == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-3)
 
 
+def test_perplexity_by_position_in_longer_rows(runs: Runs) -> None:
+    end = runs.shell.run(
+        "eval.py",
+        "--checkpoint=whole",
+        "--split=train",
+        "--seq_len=64",
+        "--by_position=true",
+        "--config.model.attention.extension=ntk",
+        "--config.model.attention.extension_factor",
+        "2",
+    )
+    assert (end.code, end.stderr) == (0, "")
+    text, _, table = end.stdout.partition("\n\n")
+    heading, *lines = table.splitlines()
+    assert heading.split() == ["positions", "perplexity", "per", "token"]
+    parts = [re.fullmatch(r"(\d+) to (\d+) +[\d.]+  \(([\d,]+) tokens\)", line) for line in lines]
+    buckets = [(int(part[1]), int(part[2])) for part in parts if part]
+    assert buckets[:-1] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+    assert buckets[-1][0] == 32 < buckets[-1][1] < 64
+    tokens = re.search(r"\(([\d,]+) tokens\)", text)
+    assert tokens and int(tokens[1].replace(",", "")) == sum(
+        int(part[3].replace(",", "")) for part in parts if part
+    )
+
+
 def test_text_of_a_moved_run(runs: Runs) -> None:
     shutil.copytree(runs.shell.directory / "whole", runs.shell.directory / "home/moved")
     end = runs.shell.run(
@@ -292,6 +317,10 @@ def test_config_that_does_not_fit_the_machine_or_the_text(
         ([], "--checkpoint: is missing, must be given"),
         (["--checkpoint=nowhere"], "nowhere': no checkpoint found there"),
         (["--checkpoint=nowhere", "--split=dev"], "--split='dev': must be 'train', 'validation'"),
+        (
+            ["--checkpoint=nowhere", "--config.model.embed_dim=3"],
+            "model.embed_dim='3': cannot change after training; accepted are model.attention.",
+        ),
     ],
 )
 def test_bad_evaluation(shell: Shell, arguments: list[str], message: str) -> None:

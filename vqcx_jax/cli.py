@@ -40,7 +40,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def parse_args(flags: type[Flags], argv: Sequence[str]) -> tuple[Flags, list[tuple[str, str]]]:
+def parse_args(
+    flags: type[Flags], argv: Sequence[str], overridable: Sequence[str] = ()
+) -> tuple[Flags, list[tuple[str, str]]]:
     """Reads a command line into a dataclass of flags.
 
     Args:
@@ -49,6 +51,8 @@ def parse_args(flags: type[Flags], argv: Sequence[str]) -> tuple[Flags, list[tup
         constraints included. A field without a default is required. The docstring heads --help.
         With a field `config`, `--config.path=value` is an override.
       argv: the arguments without the program's name.
+      overridable: paths that --help names, for a script without a field `config` that takes
+        overrides of these only. The script checks it.
 
     Returns:
       The flags, and the overrides as (path, value) pairs for `apply_overrides`.
@@ -58,10 +62,10 @@ def parse_args(flags: type[Flags], argv: Sequence[str]) -> tuple[Flags, list[tup
       SystemExit: after --help.
     """
     types = get_type_hints(flags, include_extras=True)
-    takes_overrides = "config" in types
-    rest, overrides = _split_overrides(argv) if takes_overrides else (list(argv), [])
+    override_help = _OVERRIDE_HELP if "config" in types else _overridable_help(overridable)
+    rest, overrides = _split_overrides(argv) if override_help else (list(argv), [])
     required = [name for name in types if not hasattr(flags, name)]
-    known, unknown = _parser(flags, types, required, takes_overrides).parse_known_args(rest)
+    known, unknown = _parser(flags, types, required, override_help).parse_known_args(rest)
     if unknown:
         name = unknown[0].partition("=")[0]
         names = tuple(f"--{flag}" for flag in types)
@@ -109,16 +113,19 @@ def _help_text(annotation: Any) -> str:
     return get_args(annotation)[-1]
 
 
-def _parser(
-    flags: type, types: dict[str, Any], required: list[str], takes_overrides: bool
-) -> _Parser:
+def _overridable_help(paths: Sequence[str]) -> str:
+    lines = [f"\n  {_OVERRIDE}{path}=VALUE" for path in paths]
+    return "".join(["fields of the configuration that can be overridden:", *lines]) if paths else ""
+
+
+def _parser(flags: type, types: dict[str, Any], required: list[str], override_help: str) -> _Parser:
     usage = ["%(prog)s", *(f"--{name}=VALUE" for name in required), "[--FLAG=VALUE ...]"]
-    if takes_overrides:
+    if override_help:
         usage.append("[--config.PATH=VALUE ...]")
     parser = _Parser(
         usage=" ".join(usage),
         description=flags.__doc__,
-        epilog=_OVERRIDE_HELP if takes_overrides else None,
+        epilog=override_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

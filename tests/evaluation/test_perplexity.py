@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,12 @@ from tiny_run import random_state, tiny_config
 
 from vqcx_jax.data import Document, evaluation_dataset
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
-from vqcx_jax.evaluation.perplexity import SplitLoss, make_eval_step, split_loss
+from vqcx_jax.evaluation.perplexity import (
+    SplitLoss,
+    doubling_bounds,
+    make_eval_step,
+    split_loss,
+)
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.sharding import make_mesh
@@ -62,7 +68,7 @@ def evaluate(
 ) -> SplitLoss:
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, "auto", jax.devices()[:1])
     graphdef, _, _ = functional.split(abstract_model(setup.config))
-    max_batches = options.pop("max_batches", None)
+    loss_options = {name: options.pop(name) for name in ("bounds", "max_batches") & options.keys()}
     batches = evaluation_dataset(
         documents, TOKENIZER, vocab_size=264, seq_len=SEQ_LEN, batch_size=batch_size, **options
     )
@@ -74,12 +80,12 @@ def evaluate(
             batches,
             mesh,
             setup.config.sharding,
-            max_batches=max_batches,
+            **loss_options,
         )
 
 
-def documents_nll(setup: Setup, state: TrainState, documents: list[Document]) -> float:
-    """-log p(text, end) summed, from the logits of one document at a time."""
+def documents_nll(setup: Setup, state: TrainState, documents: list[Document]) -> list[np.ndarray]:
+    """-log p of the tokens of each document and of its end, from its logits alone."""
     graphdef, _, _ = functional.split(abstract_model(setup.config))
 
     @jax.jit
@@ -87,11 +93,11 @@ def documents_nll(setup: Setup, state: TrainState, documents: list[Document]) ->
         model = nnx.merge(graphdef, state.params, state.buffers)
         return jax.nn.log_softmax(model.head.logits(model.hidden(inputs[None]))[0])
 
-    nll = 0.0
+    nll = []
     for document in documents:
         ids = np.array([256, *document["text"].encode(), 256])
         log_p = np.asarray(log_probabilities(ids[:-1]), np.float64)
-        nll -= log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+        nll.append(-log_p[np.arange(len(ids) - 1), ids[1:]])
     return nll
 
 
@@ -100,8 +106,37 @@ def test_packed_loss_is_that_of_the_documents_alone(
 ) -> None:
     loss = evaluate(setup, state, documents, batch_size=4)
     assert loss.tokens == sum(TOKENS)
-    expected = documents_nll(setup, state, documents)
-    assert loss.nll == pytest.approx(expected, rel=1e-6)
+    expected = np.concatenate(documents_nll(setup, state, documents))
+    assert loss.nll == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_loss_by_position(setup: Setup, state: TrainState, documents: list[Document]) -> None:
+    # Two rows of padding in the second batch; no document has a position 40.
+    loss = evaluate(setup, state, documents, batch_size=5, bounds=(1, 10, 40))
+    assert [(part.first, part.last) for part in loss.by_position] == [(0, 0), (1, 9), (10, 39)]
+    nll = documents_nll(setup, state, documents)
+    for part in loss.by_position:
+        expected = np.concatenate([x[part.first : part.last + 1] for x in nll])
+        assert part.loss.tokens == len(expected)
+        assert part.loss.nll == pytest.approx(expected.sum(), rel=1e-6)
+    assert loss.tokens == sum(TOKENS)
+    assert loss.nll == pytest.approx(np.concatenate(nll).sum(), rel=1e-6)
+
+
+def test_position_begins_again_where_a_row_ends(setup: Setup, state: TrainState) -> None:
+    """20 tokens and 50: rows of 32 cut the second document after 12 and after 44 of them."""
+    texts = [Document(text="x" * (n - 1), name=str(n)) for n in (20, 50)]
+    loss = evaluate(setup, state, texts, batch_size=4, bounds=(6, 12))
+    buckets = [(part.first, part.last, part.loss.tokens) for part in loss.by_position]
+    assert buckets == [(0, 5, 6 * 4), (6, 11, 6 * 3), (12, 31, 8 + 20)]
+
+
+def test_doubling_bounds() -> None:
+    assert doubling_bounds(8, end=32) == [1, 2, 4, 8, 16]
+    assert doubling_bounds(8, end=33) == [1, 2, 4, 8, 16, 32]
+    assert doubling_bounds(24, end=100) == [1, 3, 6, 12, 24, 48, 96]
+    assert doubling_bounds(8, end=4) == [1, 2]
+    assert doubling_bounds(1, end=1) == []
 
 
 def test_batch_size_does_not_matter(
@@ -123,9 +158,14 @@ def test_only_the_first_documents_or_batches(
     assert one_batch.tokens == 4 * SEQ_LEN
 
 
-def test_mesh_does_not_matter(setup: Setup, state: TrainState, documents: list[Document]) -> None:
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, "auto")
-    model, rules = abstract_model(setup.config), setup.config.sharding
+@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+@pytest.mark.parametrize("second_axis", ["tensor", "sequence"])
+def test_mesh_does_not_matter(
+    setup: Setup, state: TrainState, documents: list[Document], axis_type: str, second_axis: str
+) -> None:
+    mesh = make_mesh({"data": 2, "fsdp": 2, second_axis: 2}, axis_type)
+    rules = dataclasses.replace(setup.config.sharding, sequence=("sequence",))
+    model = abstract_model(setup.config, rules)
     graphdef, _, _ = functional.split(model)
     shardings = functional.shardings(model, mesh, rules)
     params, buffers = jax.device_put((state.params, state.buffers), shardings)
@@ -133,7 +173,14 @@ def test_mesh_does_not_matter(setup: Setup, state: TrainState, documents: list[D
         documents, TOKENIZER, vocab_size=264, seq_len=SEQ_LEN, batch_size=4
     )
     with jax.set_mesh(mesh):
-        eight = split_loss(make_eval_step(graphdef), params, buffers, batches, mesh, rules)
-    one = evaluate(setup, state, documents, batch_size=4)
-    assert eight.tokens == one.tokens
-    assert eight.nll == pytest.approx(one.nll, rel=1e-6)
+        eight = split_loss(
+            make_eval_step(graphdef), params, buffers, batches, mesh, rules, bounds=(10,)
+        )
+    one = evaluate(setup, state, documents, batch_size=4, bounds=(10,))
+    for part, expected in zip(
+        (eight, *(part.loss for part in eight.by_position)),
+        (one, *(part.loss for part in one.by_position)),
+        strict=True,
+    ):
+        assert part.tokens == expected.tokens
+        assert part.nll == pytest.approx(expected.nll, rel=1e-6)

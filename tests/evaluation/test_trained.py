@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config
 
-from vqcx_jax.errors import CheckpointError, DataError
+from vqcx_jax.errors import CheckpointError, ConfigError, DataError
 from vqcx_jax.evaluation import TrainedModel
 from vqcx_jax.training.state import TrainState
 
@@ -98,6 +98,90 @@ def test_perplexity_with_another_cache(model: TrainedModel, tmp_path: Path) -> N
     expected = model.perplexity("validation")
     assert model.perplexity("validation", cache_dir=str(tmp_path / "cache")) == expected
     assert (tmp_path / "cache/corpora").is_dir()
+
+
+def test_overrides_are_as_if_trained_with_them(
+    workdir: Path, saved: TrainState, tmp_path: Path
+) -> None:
+    """Random weights are the same for both, as none belongs to what is overridden."""
+    overrides = {
+        "model__attention__window": "9",
+        "model__attention__logit_soft_cap": "0.5",
+        "model__attention__extension": "yarn",
+        "model__attention__extension_factor": "2.5",
+        "model__attention__trained_length": "16",
+    }
+    save_checkpoint(tiny_config(tmp_path, **overrides), tmp_path / "run")
+    expected = TrainedModel.load(tmp_path / "run")
+    pairs = [(name.replace("__", "."), value) for name, value in overrides.items()]
+    overridden = TrainedModel.load(workdir / "run", overrides=pairs)
+    assert overridden.config.model == expected.config.model
+    nll = [m.perplexity("validation").loss.nll for m in (overridden, expected)]
+    assert nll[0] == nll[1]
+    texts = [m.generate("the", max_tokens=10, seed=0) for m in (overridden, expected)]
+    assert texts[0] == texts[1]
+
+
+def test_every_override_has_an_effect(workdir: Path, model: TrainedModel) -> None:
+    losses = {model.perplexity("validation").loss.nll}
+    for overrides in (
+        [("model.attention.window", "2")],
+        [("model.attention.logit_soft_cap", "0.01")],
+        [("model.attention.extension", "linear"), ("model.attention.extension_factor", "4")],
+    ):
+        other = TrainedModel.load(workdir / "run", overrides=overrides)
+        losses.add(other.perplexity("validation").loss.nll)
+    assert len(losses) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [("model.attention.rope_base", "1e6")],
+            "model.attention.rope_base='1e6': cannot change after training; accepted are "
+            "model.attention.window, .*, model.attention.trained_length",
+        ),
+        ([("train.steps", "3")], "train.steps='3': cannot change"),
+        ([("model.attention.window", "0")], "model.attention.window='0': must be greater"),
+        (
+            [("model.attention.extension", "yarn"), ("model.attention.extension_factor", "2")],
+            "model.attention.trained_length=None: must be the positions of training",
+        ),
+        ([("model.attention.extension_factor", "2")], "must be 1 with model.attention.extension"),
+    ],
+)
+def test_overrides_that_cannot_be(
+    workdir: Path, saved: TrainState, overrides: list[tuple[str, str]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainedModel.load(workdir / "run", overrides=overrides)
+
+
+def test_override_of_another_kind_of_attention(tmp_path: Path) -> None:
+    save_checkpoint(tiny_config(tmp_path, model__attention__kind="alibi"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="model.attention.extension: no such field with this"):
+        TrainedModel.load(tmp_path / "run", overrides=[("model.attention.extension", "ntk")])
+
+
+def test_longer_rows(model: TrainedModel) -> None:
+    short, long = (model.perplexity("train", seq_len=n).loss for n in (None, 128))
+    assert long.tokens == short.tokens
+    assert long.nll != pytest.approx(short.nll, rel=1e-6)
+    buckets = [(part.first, part.last) for part in long.by_position]
+    assert buckets[:6] == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+    assert buckets[6] == (32, 63) and 64 <= buckets[7][1] < 128
+    assert short.by_position[-1].last == 31
+    for loss in (short, long):
+        assert sum(part.loss.tokens for part in loss.by_position) == loss.tokens
+        assert sum(part.loss.nll for part in loss.by_position) == pytest.approx(loss.nll)
+    # What is cut less has fewer tokens at the beginning.
+    assert long.by_position[0].loss.tokens < short.by_position[0].loss.tokens
+
+
+def test_rows_without_tokens(model: TrainedModel) -> None:
+    with pytest.raises(ConfigError, match="data.seq_len='0': must be greater"):
+        model.perplexity("train", seq_len=0)
 
 
 def test_split_that_is_not_there(model: TrainedModel) -> None:

@@ -1,6 +1,6 @@
 """Perplexity and text of trained models."""
 
-from vqcx_jax.evaluation.perplexity import SplitLoss
-from vqcx_jax.evaluation.trained import Perplexity, TrainedModel
+from vqcx_jax.evaluation.perplexity import PositionLoss, SplitLoss
+from vqcx_jax.evaluation.trained import OVERRIDABLE, Perplexity, TrainedModel
 
-__all__ = ["Perplexity", "SplitLoss", "TrainedModel"]
+__all__ = ["OVERRIDABLE", "Perplexity", "PositionLoss", "SplitLoss", "TrainedModel"]

@@ -1,19 +1,35 @@
 """A trained model loaded from nothing but its checkpoint, and what one asks of it."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from vqcx_jax import checkpoint, data
-from vqcx_jax.config import apply_overrides, from_json, schema
-from vqcx_jax.data import Tokenizer
-from vqcx_jax.evaluation.perplexity import SplitLoss, make_eval_step, split_loss
+from vqcx_jax.config import apply_overrides, from_json, schema, validate
+from vqcx_jax.data import Corpus, Tokenizer
+from vqcx_jax.errors import ConfigError
+from vqcx_jax.evaluation.perplexity import (
+    SplitLoss,
+    doubling_bounds,
+    make_eval_step,
+    split_loss,
+)
 from vqcx_jax.evaluation.sample import sample_text
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.nn.functional import Tree
 from vqcx_jax.sharding import make_mesh
+
+# What has no weights: a model may have these otherwise than in training.
+OVERRIDABLE = (
+    "model.attention.window",
+    "model.attention.logit_soft_cap",
+    "model.attention.extension",
+    "model.attention.extension_factor",
+    "model.attention.trained_length",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +72,35 @@ class TrainedModel:
         self.step = step
 
     @classmethod
-    def load(cls, path: Path, step: int | None = None) -> "TrainedModel":
+    def load(
+        cls, path: Path, step: int | None = None, overrides: Sequence[tuple[str, str]] = ()
+    ) -> "TrainedModel":
         """Loads the newest checkpoint of a run, or that of `step`.
 
         The mesh of the training run does not matter: rows and weights are spread over the
         devices that are here.
 
+        Args:
+            path: a run's directory, or that of one of its checkpoints.
+            step: None: the newest.
+            overrides: of fields of `OVERRIDABLE`, as in `config.apply_overrides`.
+
         Raises:
             CheckpointError: no checkpoint there, or not that one.
+            ConfigError: an override of another field, or of one that this attention does not have;
+                values that do not fit together.
         """
+        for name, text in overrides:
+            if name not in OVERRIDABLE:
+                raise ConfigError(
+                    f"{name}={text!r}: cannot change after training; accepted are "
+                    f"{', '.join(OVERRIDABLE)}"
+                )
         directory, step = checkpoint.locate(path, step)
         run = checkpoint.load_run(directory, step)
         config = from_json(run["config"])
+        if overrides:
+            config = validate(apply_overrides(config, overrides))
         devices = jax.device_count()
         mesh = make_mesh({"data": 1, "fsdp": devices, "tensor": 1}, "auto")
         # Not the rules of the training run: what they split may not be divisible by these devices.
@@ -96,32 +129,38 @@ class TrainedModel:
         path: str | None = None,
         cache_dir: str | None = None,
         num_documents: int | None = None,
+        seq_len: int | None = None,
     ) -> Perplexity:
         """Loss over a split of the corpus that the model was trained on.
 
+        Its `by_position` has buckets that end at the length of the rows of training, and at that
+        halved and doubled again and again.
+
         Args:
             split: "train", "validation" or "test".
-            path: where the text lies on this machine (`data.dataset.path`); None: as in training.
-            cache_dir: where prepared corpora are kept on this machine; None: as in training.
+            path, cache_dir: see `open_corpus`.
             num_documents: only the first so many; None: all.
+            seq_len: tokens in a row, at which documents are cut; None: as in training.
 
         Raises:
-            ConfigError: a path for a dataset that has none.
+            ConfigError: a path for a dataset that has none; seq_len below 1.
             DataError: the text cannot be read, or has no such split.
         """
-        config = self.config
-        if path is not None:
-            config = apply_overrides(config, [("data.dataset.path", path)])
-        directory = data.cache_directory(cache_dir or config.data.cache_dir)
-        corpus = data.open_corpus(config.data.dataset, directory)
+        config, trained_length = self.config, self.config.data.seq_len
+        if seq_len is not None:
+            config = apply_overrides(config, [("data.seq_len", str(seq_len))])
+        seq_len = config.data.seq_len
+        corpus = self.open_corpus(path, cache_dir)
         source = corpus.split(split)
         devices = jax.device_count()
+        # As many tokens as in training, or a row for each device.
+        rows = -(-config.data.batch_size * trained_length // (seq_len * devices)) * devices
         batches = data.evaluation_dataset(
             source,
             self.tokenizer,
             vocab_size=config.model.known_vocab_size(),
-            seq_len=config.data.seq_len,
-            batch_size=-(-config.data.batch_size // devices) * devices,
+            seq_len=seq_len,
+            batch_size=rows,
             num_documents=num_documents,
         )
         graphdef, _, _ = functional.split(abstract_model(config))
@@ -133,12 +172,30 @@ class TrainedModel:
                 batches,
                 self.mesh,
                 config.sharding,
+                bounds=doubling_bounds(trained_length, seq_len),
             )
         return Perplexity(
             loss,
             data.count_units(source, num_documents),
             corpus.fingerprint == self.corpus_fingerprint,
         )
+
+    def open_corpus(self, path: str | None = None, cache_dir: str | None = None) -> Corpus:
+        """The text that the model was trained on.
+
+        Args:
+            path: where it lies on this machine (`data.dataset.path`); None: as in training.
+            cache_dir: where prepared corpora are kept on this machine; None: as in training.
+
+        Raises:
+            ConfigError: a path for a dataset that has none.
+            DataError: the text cannot be read.
+        """
+        config = self.config
+        if path is not None:
+            config = apply_overrides(config, [("data.dataset.path", path)])
+        directory = data.cache_directory(cache_dir or config.data.cache_dir)
+        return data.open_corpus(config.data.dataset, directory)
 
     def generate(
         self,

@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.config.remat])
-        x_BxTxD, _ = jax.lax.scan(layer, self._embed(tokens_BxT), self.blocks)
+        x_BxTxD, _ = jax.lax.scan(layer, self.embed(tokens_BxT), self.blocks)
         return self.final_norm(x_BxTxD)
 
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
@@ -156,10 +156,11 @@ class Transformer(nnx.Module):
             block, layer_cache = block_and_cache
             return block(x_BxTxD, info, layer_cache, cache_length)
 
-        x_BxTxD, cache = jax.lax.scan(layer, self._embed(tokens_BxT), (self.blocks, cache))
+        x_BxTxD, cache = jax.lax.scan(layer, self.embed(tokens_BxT), (self.blocks, cache))
         return self.final_norm(x_BxTxD), cache
 
-    def _embed(self, tokens_BxT: jax.Array) -> jax.Array:
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """What the first layer is given, (B, T, D)."""
         if self.embedding is not None:
             return self.embedding(tokens_BxT)
         assert isinstance(self.head, FullHead | MultiVQHead)

@@ -73,6 +73,8 @@ class Encoding(nnx.Module):
         axes = [HEADS, HEADS, *(HEADS if x.ndim == 4 else (*ROWS, None) for x in table)]
         axes += [axes_of for _, axes_of in parameters.values()]
 
+        # The backward pass takes phases once more: that is cheaper than to keep them.
+        @jax.checkpoint
         def encode(q: jax.Array, k: jax.Array, *rest: jax.Array) -> QueriesAndKeys:
             named = dict(zip(parameters, rest[len(table) :], strict=True))
             return function(q, k, *rest[: len(table)], **named)

@@ -117,23 +117,11 @@ class Attention(nnx.Module):
         info = info or self._one_document(x_BxTxD, cache_length)
         q_BxTxHxd, k_BxTxKxd = self.queries_and_keys(x_BxTxD, info)
         v_BxTxKxd = self._project(self.v, x_BxTxD)
-        slopes = self.encoding.slopes()
-        penalty = () if slopes is None else (slopes,)
         if cache is None:
             cache = KVCache(k_BxTxKxd, v_BxTxKxd)
-            k_BxTxKxd, v_BxTxKxd = (constrain(x, _ALL_KEYS, self.rules) for x in cache)
-            segment_ids_BxT = constrain(info.segment_ids, _ALL_ROWS, self.rules)
-            in_axes = (HEADS, _ALL_KEYS, _ALL_KEYS, ROWS, _ALL_ROWS, *(("heads",) for _ in penalty))
-            (y_BxTxHxd,) = per_device(self._attend_packed, in_axes, (HEADS,), self.rules)(
-                q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids, segment_ids_BxT, *penalty
-            )
+            y_BxTxHxd = self.attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids)
         else:
-            in_axes = (*(_ALL_KEYS,) * 5, (), *(("heads",) for _ in penalty))
-            length = jnp.asarray(cache_length, jnp.int32)
-            y_BxTxHxd, *updated = per_device(
-                self._attend_cached, in_axes, (_ALL_KEYS,) * 3, self.rules
-            )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *cache, length, *penalty)
-            cache = KVCache(*updated)
+            y_BxTxHxd, cache = self._extend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, cache, cache_length)
         out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)
         return einsum("bthk,hkd->btd", y_BxTxHxd, out_HxdxD, HIDDEN, self.rules), cache
 
@@ -149,6 +137,43 @@ class Attention(nnx.Module):
             q_BxTxHxd = ops.qk_norm(q_BxTxHxd, self.q_gain[...])
             k_BxTxKxd = ops.qk_norm(k_BxTxKxd, self.k_gain[...])
         return self.encoding(q_BxTxHxd, k_BxTxKxd, info)
+
+    def attend(
+        self,
+        q_BxTxHxd: jax.Array,
+        k_BxTxKxd: jax.Array,
+        v_BxTxKxd: jax.Array,
+        segment_ids_BxT: jax.Array,
+    ) -> jax.Array:
+        """(B, T, H, d) from encoded queries and keys, within segments."""
+        slopes, slope_axes = self._slopes()
+        all_keys = [constrain(x, _ALL_KEYS, self.rules) for x in (k_BxTxKxd, v_BxTxKxd)]
+        all_segments = constrain(segment_ids_BxT, _ALL_ROWS, self.rules)
+        in_axes = (HEADS, _ALL_KEYS, _ALL_KEYS, ROWS, _ALL_ROWS, *slope_axes)
+        (y_BxTxHxd,) = per_device(self._attend_packed, in_axes, (HEADS,), self.rules)(
+            q_BxTxHxd, *all_keys, segment_ids_BxT, all_segments, *slopes
+        )
+        return y_BxTxHxd
+
+    def _extend(
+        self,
+        q_BxTxHxd: jax.Array,
+        k_BxTxKxd: jax.Array,
+        v_BxTxKxd: jax.Array,
+        cache: KVCache,
+        cache_length: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        slopes, slope_axes = self._slopes()
+        in_axes = (*(_ALL_KEYS,) * 5, (), *slope_axes)
+        y_BxTxHxd, *updated = per_device(
+            self._attend_cached, in_axes, (_ALL_KEYS,) * 3, self.rules
+        )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *cache, jnp.asarray(cache_length, jnp.int32), *slopes)
+        return y_BxTxHxd, KVCache(*updated)
+
+    def _slopes(self) -> tuple[tuple[jax.Array, ...], tuple[LogicalAxes, ...]]:
+        """An argument more for `per_device`, or none, and its axes."""
+        slopes, axes = self.encoding.slopes(), ("heads",)
+        return ((), ()) if slopes is None else ((constrain(slopes, axes, self.rules),), (axes,))
 
     def _project(self, weight: nnx.Param, x_BxTxD: jax.Array) -> jax.Array:
         w = constrain(weight[...].astype(self.dtype), (None, "heads", None), self.rules)

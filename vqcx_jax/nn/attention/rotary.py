@@ -10,7 +10,7 @@ from vqcx_jax.nn.attention.base import HEADS, PER_HEAD, Encoding, QueriesAndKeys
 from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import attention as ops
-from vqcx_jax.sharding import LogicalAxes, per_device
+from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 # A function of `ops.attention.encode`, and its parameters with their logical axes.
 Adapt = tuple[Callable[..., QueriesAndKeys], dict[str, tuple[jax.Array, LogicalAxes]]]
@@ -49,30 +49,23 @@ class RotaryEncoding(Encoding):
 
     def table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
         """Cosines and sines, (B, T, P) or (B, T, K, P); () for trained frequencies."""
-        if self.attention.learned_frequencies:
-            return ()
-        return ops.rotary_table(positions, self.frequencies())
+        return () if self.attention.learned_frequencies else self._table(positions)
 
     def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
         """See `Encoding`."""
         function, parameters = self._adapt()
-        table = info.table or self._own_table(info.positions)
+        table = info.table or self._table(info.positions)
         return self._encode(function, q, k, table, parameters)
 
     def _adapt(self) -> Adapt:
         return ops.rope_queries_and_keys, {}
 
-    def _own_table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
+    def _table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
         frequencies = self.frequencies()
-        per_head = frequencies.ndim == 2
-        out_axes = HEADS if per_head else (*ROWS, None)
-        make = per_device(
-            ops.rotary_table,
-            (ROWS, PER_HEAD if per_head else (None,)),
-            (out_axes, out_axes),
-            self.rules,
-        )
-        return make(positions, frequencies)
+        axes: LogicalAxes = PER_HEAD if frequencies.ndim == 2 else (None,)
+        out_axes = HEADS if frequencies.ndim == 2 else (*ROWS, None)
+        make = per_device(ops.rotary_table, (ROWS, axes), (out_axes, out_axes), self.rules)
+        return make(positions, constrain(frequencies, axes, self.rules))
 
     def _first_frequencies(self) -> jax.Array:
         base, fraction = self.attention.rope_base, self.attention.rope_fraction

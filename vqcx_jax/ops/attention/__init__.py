@@ -6,7 +6,13 @@
 
 from vqcx_jax.ops.attention.alibi import alibi_bias, alibi_slopes
 from vqcx_jax.ops.attention.contrastive import phase_contrastive_loss
-from vqcx_jax.ops.attention.core import attend, causal_mask, segment_mask, window_mask
+from vqcx_jax.ops.attention.core import (
+    attend,
+    attention_weights,
+    causal_mask,
+    segment_mask,
+    window_mask,
+)
 from vqcx_jax.ops.attention.encode import (
     complex_queries_and_keys,
     harmonic_queries_and_keys,
@@ -43,6 +49,7 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "attend",
+    "attention_weights",
     "causal_mask",
     "clamp_bias",
     "complex_queries_and_keys",

@@ -96,16 +96,16 @@ def attend(
     return out
 
 
-def _attend_any_width(
+def attention_weights(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
     mask: jax.Array | None,
+    *,
     scale: float,
-    bias: jax.Array | None,
-    soft_cap: float | None,
+    bias: jax.Array | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """What `jax.nn.dot_product_attention` cannot do, with its precision."""
+    """The softmax of `attend` by itself, float32 (B, H, T, S)."""
     num_batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     # Without the preset the backward pass would multiply float32 by bfloat16.
@@ -118,13 +118,28 @@ def _attend_any_width(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    grouped_shape = scores.shape
     scores = scores.reshape(num_batch, num_heads, num_queries, num_keys)
     scores = capped(scores * scale, soft_cap)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(grouped_shape)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _attend_any_width(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+    bias: jax.Array | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """What `jax.nn.dot_product_attention` cannot do, with its precision."""
+    weights = attention_weights(q, k, mask, scale=scale, bias=bias, soft_cap=soft_cap)
+    num_batch, num_heads, num_queries, num_keys = weights.shape
+    grouped_shape = (num_batch, k.shape[2], -1, num_queries, num_keys)
+    weights = weights.astype(v.dtype).reshape(grouped_shape)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v)
     return out.reshape(num_batch, num_queries, num_heads, v.shape[-1]).astype(q.dtype)
