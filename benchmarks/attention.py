@@ -1,9 +1,9 @@
 """Attention with every encoding, beside RoPE: python benchmarks/attention.py [--lengths 256 1024].
 
-Attention: from queries, keys and values to outputs, forward + backward by all of them and by what
-the encoding trains; causal, float32. Training step: loss and gradients of a transformer of --layers
+Scores and sums: from queries, keys and values to outputs, forward + backward by all of them and by
+what the encoding trains; causal, float32. Layer: the same with the projections. Training step: loss and gradients of a transformer of --layers
 layers with an output layer of one codebook, which takes next to no time, so that the share of
-attention is as large as it gets. Both have --tokens positions, in rows of each of --lengths.
+attention is as large as it gets. All have --tokens positions, in rows of each of --lengths.
 
 All rows of a table run in one process, and each repetition runs every row once: as many calls as
 fill 0.2 s, without a pause, of which only the last one is waited for. A ratio is the median over
@@ -57,7 +57,7 @@ class Sizes:
         return f"B={rows} T={self.length} H={self.heads} d={self.head_dim}"
 
 
-def attention_step(attention: schema.AttentionConfig, sizes: Sizes) -> Step:
+def split_layer(attention: schema.AttentionConfig, sizes: Sizes) -> tuple[Any, Any, Any]:
     layer = Attention(
         sizes.heads * sizes.head_dim,
         num_heads=sizes.heads,
@@ -67,7 +67,23 @@ def attention_step(attention: schema.AttentionConfig, sizes: Sizes) -> Step:
         rngs=nnx.Rngs(0),
     )
     graphdef, params, buffers = functional.split(layer)
-    params = randomised(params)
+    return graphdef, randomised(params), buffers
+
+
+def layer_step(attention: schema.AttentionConfig, sizes: Sizes) -> Step:
+    graphdef, params, buffers = split_layer(attention, sizes)
+    shape = (sizes.tokens // sizes.length, sizes.length, sizes.heads * sizes.head_dim)
+    normal = np.random.default_rng(1).standard_normal
+    x, out = (jnp.asarray(normal(shape), jnp.float32) for _ in range(2))
+
+    def loss(params: Any, x: jax.Array, buffers: Any) -> jax.Array:
+        return jnp.sum(out * nnx.merge(graphdef, params, buffers)(x)[0])
+
+    return compile_step(jax.grad(loss, (0, 1)), params, x, buffers)
+
+
+def core_step(attention: schema.AttentionConfig, sizes: Sizes) -> Step:
+    graphdef, params, buffers = split_layer(attention, sizes)
     shape = (sizes.tokens // sizes.length, sizes.length, sizes.heads, sizes.head_dim)
     normal = np.random.default_rng(1).standard_normal
     q, k, v, out = (jnp.asarray(normal(shape), jnp.float32) for _ in range(4))
@@ -123,6 +139,9 @@ def randomised(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(move, params)
 
 
+STEPS = {"scores and sums": core_step, "layer": layer_step, "training step": training_step}
+
+
 def print_table(title: str, rows: dict[str, Step]) -> None:
     base = rows["RoPE"]
     print(f"\n| {title} | ms, median | time / RoPE's | MB | memory / RoPE's |")
@@ -151,7 +170,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     for length, head_dim, heads in itertools.product(args.lengths, args.head_dim, args.heads):
         sizes = Sizes(args.tokens, length, head_dim, heads, args.layers)
-        for title, make in (("attention", attention_step), ("training step", training_step)):
+        for title, make in STEPS.items():
             rows = {name: make(kind, sizes) for name, kind in kinds.items()}
             measure(rows, args.repeats)
             print_table(f"{title}, {sizes}", rows)

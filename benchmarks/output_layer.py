@@ -1,6 +1,8 @@
 """Output layers side by side: python benchmarks/output_layer.py [--tokens=512] [--vocab 50257].
 
-Training: forward + backward of the mean loss, by the hidden states and all parameters, float32.
+Training: forward + backward of the mean loss, by the hidden states and all parameters, float32. As
+in a training loop, calls follow each other without a pause and only the last one is waited for: as
+many as fill 0.2 s, a number found in a warm-up. A time is that of all of them over their number.
 Decoding: one sequence, in a loop within one program, as in `vqcx_jax.evaluation`. A step is from a
 hidden state to a sampled token, which picks the next hidden state of 256, so that no step can begin
 before the one before it ends. Its time is that of a long loop less that of a short one, over the
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from timing import Step, compile_step, measure, number_that_fills
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import functional, heads
@@ -152,10 +155,18 @@ def optax_chunked_nll(h: jax.Array, weights: jax.Array, targets: jax.Array) -> j
     return jax.lax.map(jax.checkpoint(position), (h, targets), batch_size=64)
 
 
+def cce_loss(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
+    from jax_cce import linear_cross_entropy
+
+    return linear_cross_entropy(h, weights, targets)
+
+
 PEERS = {
     "optax": ("full (optax)", optax_nll),
     "lax.map": ("full (optax, lax.map + remat)", optax_chunked_nll),
+    "jax-cce": ("full (jax-cce)", cce_loss),
 }
+MODULES = {"optax": "optax", "lax.map": "optax", "jax-cce": "jax_cce", "torch": "torch"}
 
 
 def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "Step"]:
@@ -188,28 +199,6 @@ def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "
 
 
 # ---------------------------------------------------------------- measuring
-
-
-@dataclasses.dataclass
-class Row:
-    """Times in a table, and the text of its last column."""
-
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    note: str = ""
-
-
-@dataclasses.dataclass
-class Step(Row):
-    """The times of a call that waits for its result."""
-
-    call: Callable[[], Any] = dataclasses.field(kw_only=True)
-
-
-def compile_step(function: Callable[..., Any], *args: Any) -> Step:
-    compiled = jax.jit(function).lower(*args).compile()
-    memory = compiled.memory_analysis()
-    note = "" if memory is None else f"{memory.temp_size_in_bytes / 1e6:.2f}"
-    return Step(note=note, call=lambda: jax.block_until_ready(compiled(*args)))
 
 
 def training_step(head: heads.Head, h: np.ndarray, targets: np.ndarray) -> Step:
@@ -255,47 +244,36 @@ def decoding_loop(head: heads.Head, dim: int) -> Callable[[int], float]:
     return seconds
 
 
-def measure_decoding(loops: dict[str, Callable[[int], float]], repeats: int) -> dict[str, Row]:
-    lengths = dict.fromkeys(loops, 16)
-    for name, seconds in loops.items():
-        seconds(1)
-        while seconds(lengths[name]) < 0.1:
-            lengths[name] *= 2
-    rows, short = {name: Row() for name in loops}, {name: Row() for name in loops}
+@dataclasses.dataclass
+class Decoding:
+    """Seconds a token, and those of what is done once."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    once: list[float] = dataclasses.field(default_factory=list)
+
+
+def measure_decoding(loops: dict[str, Callable[[int], float]], repeats: int) -> dict[str, Decoding]:
+    lengths = {name: number_that_fills(seconds) for name, seconds in loops.items()}
+    rows = {name: Decoding() for name in loops}
     for _ in range(repeats):
         for name, seconds in loops.items():
-            short[name].seconds.append(seconds(1))
-            longer = seconds(1 + lengths[name]) - short[name].seconds[-1]
-            rows[name].seconds.append(longer / lengths[name])
-    for name, row in rows.items():
-        once = statistics.median(short[name].seconds) - statistics.median(row.seconds)
-        row.note = f"{1e3 * once:.3g}"
+            short = seconds(1)
+            rows[name].seconds.append((seconds(1 + lengths[name]) - short) / lengths[name])
+            rows[name].once.append(short - rows[name].seconds[-1])
     return rows
 
 
-def measure(rows: dict[str, Step], repeats: int) -> None:
-    for row in rows.values():
-        row.call()
-    for _ in range(repeats):
-        for row in rows.values():
-            # Large results of the row before are freed on another thread, up to 50 ms later.
-            time.sleep(0.1)
-            start = time.perf_counter()
-            row.call()
-            row.seconds.append(time.perf_counter() - start)
-
-
-def print_table(title: str, note_title: str, rows: Mapping[str, Row]) -> None:
-    medians = {name: statistics.median(row.seconds) for name, row in rows.items()}
+def print_table(title: str, last: str, rows: Mapping[str, tuple[list[float], str]]) -> None:
+    """Rows of seconds and the text of the last column."""
+    medians = {name: statistics.median(seconds) for name, (seconds, _) in rows.items()}
     full_rows = [median for name, median in medians.items() if name.startswith("full")]
     fastest = min(full_rows, default=math.nan)
-    print(f"\n| {title} | ms, median | min - max | speed | {note_title} |")
+    print(f"\n| {title} | ms, median | min - max | speed | {last} |")
     print("|---|---|---|---|---|")
-    for name, row in rows.items():
-        low, high = 1e3 * min(row.seconds), 1e3 * max(row.seconds)
+    for name, (seconds, text) in rows.items():
         print(
-            f"| {name} | {1e3 * medians[name]:.3g} | {low:.3g} - {high:.3g} "
-            f"| {fastest / medians[name]:.2f} | {row.note} |",
+            f"| {name} | {1e3 * medians[name]:.3g} | {1e3 * min(seconds):.3g} - "
+            f"{1e3 * max(seconds):.3g} | {fastest / medians[name]:.2f} | {text} |",
             flush=True,
         )
 
@@ -319,9 +297,12 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
             rows |= torch_steps(h, targets, sizes)
     measure(rows, args.repeats)
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print_table("training step", "temporary MB", rows)
+    megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
+    print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
     loops = {name: decoding_loop(made[name], sizes.dim) for name in DECODERS if name in made}
-    print_table("decoding step", "once, ms", measure_decoding(loops, args.repeats))
+    decoding = measure_decoding(loops, args.repeats)
+    once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
+    print_table("decoding step", "once, ms", {n: (decoding[n].seconds, once[n]) for n in decoding})
     return rows
 
 
@@ -356,7 +337,7 @@ def main() -> None:
     parser.add_argument("--max_gb", type=float, default=8.0)
     parser.add_argument("--rows", nargs="+", choices=[*HEADS], default=[*HEADS], metavar="NAME")
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
-    installed = [*PEERS, "torch"] if find_spec("torch") else [*PEERS]
+    installed = [peer for peer, module in MODULES.items() if find_spec(module)]
     parser.add_argument("--peers", nargs="*", choices=installed, default=installed)
     args = parser.parse_args()
     tables = {}
