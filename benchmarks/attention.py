@@ -1,9 +1,10 @@
 """Attention with every encoding, beside RoPE: python benchmarks/attention.py [--lengths 256 1024].
 
 Scores and sums: from queries, keys and values to outputs, forward + backward by all of them and by
-what the encoding trains; causal, float32. Layer: the same with the projections. Training step: loss and gradients of a transformer of --layers
-layers with an output layer of one codebook, which takes next to no time, so that the share of
-attention is as large as it gets. All have --tokens positions, in rows of each of --lengths.
+what the encoding trains; causal, float32. Layer: the same with the projections. Training step: loss
+and gradients of a transformer of --layers layers with an output layer of one codebook, which takes
+next to no time, so that the share of attention is as large as it gets. All have --tokens positions,
+in rows of each of --lengths.
 
 All rows of a table run in one process, and each repetition runs every row once: as many calls as
 fill 0.2 s, without a pause, of which only the last one is waited for. A ratio is the median over

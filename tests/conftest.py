@@ -1,6 +1,43 @@
-"""Every test sees eight CPU devices, so that one process can hold any small mesh."""
+"""Eight CPU devices for every test, and float64 references to compare with."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
+# So that one process can hold any small mesh.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def _widen(x: Any) -> np.ndarray:
+    is_float = jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
+    return np.asarray(x, np.float64 if is_float else None)
+
+
+@pytest.fixture(scope="session")
+def in_float64() -> Callable[..., Any]:
+    """in_float64(function, *args): function of args as float64, compiled; a tree of numpy arrays.
+
+    Widening is exact, so that what differs is the arithmetic and never the input.
+    """
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        with jax.enable_x64(True):
+            return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(_widen, args)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def max_error() -> Callable[[Any, np.ndarray], float]:
+    """max_error(actual, expected): the largest |actual - expected|, over the largest |expected|."""
+
+    def measure(actual: Any, expected: np.ndarray) -> float:
+        difference = np.abs(np.asarray(actual, np.float64) - expected)
+        return float(np.max(difference) / np.max(np.abs(expected)))
+
+    return measure

@@ -43,10 +43,21 @@ TOKENIZERS = [
     schema.JSONTokenizer,
     schema.SentencePieceTokenizer,
 ]
+ATTENTIONS: list[Any] = [
+    schema.SmoothAttention,
+    schema.HarmonicAttention,
+    schema.EulerFormerAttention,
+    schema.AmplitudeAttention,
+    schema.RopeAttention,
+    schema.PopeAttention,
+    schema.AlibiAttention,
+    schema.NopeAttention,
+]
 BASELINES: list[Any] = [schema.LowRankHead, schema.AdaptiveHead, schema.HierarchicalHead]
 CONFIGS = [
     Config(),
     Config(model=schema.Model(attention=schema.RopeAttention(), head=schema.FullHead())),
+    *(Config(model=schema.Model(attention=attention())) for attention in ATTENTIONS),
     *(Config(model=schema.Model(head=head())) for head in BASELINES),
     *(Config(data=schema.Data(dataset=dataset())) for dataset in DATASETS),
     *(Config(data=schema.Data(tokenizer=tokenizer())) for tokenizer in TOKENIZERS),
@@ -106,6 +117,18 @@ def test_a_kind_keeps_shared_fields_and_takes_defaults_for_the_others() -> None:
     assert config.model.attention == schema.RopeAttention(rope_base=5e5)
     config = apply_overrides(config, [("model.attention.kind", "complex")])
     assert config.model.attention == schema.ComplexAttention(rope_base=5e5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_kind_of_attention_by_name(attention: Any) -> None:
+    """Options stay; what only frequencies have is gone where there are none."""
+    options = schema.ComplexAttention(window=7, logit_soft_cap=3.0, qk_norm=True, rope_base=5e5)
+    config = Config(model=schema.Model(attention=options))
+    config = apply_overrides(config, [("model.attention.kind", attention.kind)])
+    kept = {"window": 7, "logit_soft_cap": 3.0, "qk_norm": True}
+    has_base = attention not in (schema.AlibiAttention, schema.NopeAttention)
+    expected = attention(**kept | ({"rope_base": 5e5} if has_base else {}))
+    assert config.model.attention == expected
 
 
 def test_a_field_of_another_type_is_not_carried_over() -> None:

@@ -8,12 +8,27 @@ import pytest
 from vqcx_jax.config import Config, from_json, schema, to_json
 from vqcx_jax.errors import ConfigError
 
+ATTENTIONS: list[Any] = [
+    schema.ComplexAttention(delta_init="published", scaled=False, frequencies="per_head"),
+    schema.SmoothAttention(extension="yarn", extension_factor=2.0, trained_length=64),
+    schema.HarmonicAttention(num_harmonics=3, learned_frequencies=True),
+    schema.EulerFormerAttention(share_planes=False, extension="ntk"),
+    schema.AmplitudeAttention(rope_base=5e5),
+    schema.RopeAttention(rope_fraction=0.75, qk_norm=True),
+    schema.PopeAttention(rope_base=5e5, logit_soft_cap=3.0),
+    schema.AlibiAttention(window=7),
+    schema.NopeAttention(window=7),
+]
 
-def test_round_trip_through_json_text() -> None:
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_round_trip_through_json_text(attention: Any) -> None:
     config = Config(
-        model=schema.Model(vocab_size=257, head=schema.FullHead(token_bias=True)),
+        model=schema.Model(
+            vocab_size=257, attention=attention, head=schema.FullHead(token_bias=True)
+        ),
         data=schema.Data(dataset=schema.WikiText(kind="wikitext103", path="/there")),
-        sharding=schema.ShardingRules(batch=("data",), embed=()),
+        sharding=schema.ShardingRules(batch=("data",), sequence=("sequence",), embed=()),
     )
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
@@ -52,6 +67,22 @@ def test_left_out_fields_have_their_defaults() -> None:
         ({"model": {"head": 3}}, ["model.head=3: must be a VQHead"]),
         ({"model": {"head": {"num_codes": 3}}}, ["model.head.kind: missing", "'vq', "]),
         ({"model": {"head": {"kind": "x"}}}, ["model.head.kind='x': must be one of 'vq', "]),
+        (
+            {"model": {"attention": {"kind": "alibi", "rope_base": 1e4}}},
+            ["model.attention.rope_base: no such field with this model.attention.kind (only with "],
+        ),
+        (
+            {"model": {"attention": {"kind": "harmonic", "num_harmonics": 1}}},
+            ["model.attention.num_harmonics=1: must be greater than or equal to 2"],
+        ),
+        (
+            {"model": {"attention": {"kind": "rope", "rope_fraction": 0.0}}},
+            ["model.attention.rope_fraction=0.0: must be greater than 0"],
+        ),
+        (
+            {"model": {"attention": {"kind": "rope", "window": 0}}},
+            ["model.attention.window=0: must be greater than or equal to 1, or none"],
+        ),
         ({"sharding": {"batch": ["pipe"]}}, ["sharding.batch='pipe': must be 'data', 'fsdp', "]),
         ({"sharding": {"batch": "data"}}, ["sharding.batch='data': must be a valid"]),
         ([], ["the configuration=[]: must be a Config"]),

@@ -14,6 +14,9 @@ CLASSES = {"model.head.kind": "class_vq", "model.head.num_codes": "256"}
 TFDS = {"data.dataset.kind": "tfds"}
 TENSOR_4 = {"mesh.data": "1", "mesh.tensor": "4"}
 FSDP_4 = {"mesh.data": "1", "mesh.fsdp": "4"}
+SEQUENCE_4 = {"mesh.data": "1", "mesh.sequence": "4"}
+BY_SEQUENCE = {"sharding.sequence": "sequence"}
+YARN = {"model.attention.extension": "yarn", "model.attention.extension_factor": "2.0"}
 
 
 def make(**overrides: str) -> Config:
@@ -57,6 +60,11 @@ def make(**overrides: str) -> Config:
         ({"train.grad_accumulation": "4"}, 4),
         (TENSOR_4 | {"model.vocab_size": "4096"}, 4),
         (FSDP_4 | {"sharding.codes": "tensor"}, 4),
+        (SEQUENCE_4 | BY_SEQUENCE, 4),
+        (BY_SEQUENCE | {"data.seq_len": "7"}, 1),
+        (YARN | {"model.attention.trained_length": "64"}, 1),
+        (YARN | {"model.attention.extension": "ntk", "model.attention.kind": "smooth"}, 1),
+        ({"model.attention.kind": "alibi", "model.attention.window": "4"}, 1),
         # Nothing here divides by 3, but nothing is sharded over three devices.
         (
             {"mesh.data": "1", "mesh.tensor": "3"}
@@ -78,6 +86,24 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             {"model.head_dim": "33", "model.attention.kind": "rope"},
             None,
             ["model.head_dim=33: must be even"],
+        ),
+        (
+            {"model.attention.extension_factor": "2.0"},
+            None,
+            ["model.attention.extension_factor=2.0: must be 1 with model.attention.extension='no"],
+        ),
+        *(
+            (
+                {"model.attention.trained_length": "64", "model.attention.extension": extension},
+                None,
+                ["model.attention.trained_length=64: must be None", f"{extension!r}, for 'yarn'"],
+            )
+            for extension in ("none", "linear", "ntk")
+        ),
+        (
+            YARN | {"model.attention.kind": "harmonic"},
+            None,
+            ["model.attention.trained_length=None: must be the positions of training", "'yarn'"],
         ),
         (
             {"model.num_heads": "4", "model.num_kv_heads": "3"},
@@ -310,6 +336,29 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             TENSOR_4 | CLASSES | {"sharding.codes": "tensor", "model.head.num_codes": "254"},
             4,
             ["model.head.num_codes=254: must be divisible by 4, the devices of sharding.codes"],
+        ),
+        *(
+            (
+                SEQUENCE_4,
+                count,
+                ["mesh.sequence=4: must be 1, or sharding.sequence=sequence be set"],
+            )
+            for count in (None, 4)
+        ),
+        (
+            SEQUENCE_4 | BY_SEQUENCE | {"data.seq_len": "126"},
+            4,
+            ["data.seq_len=126: must be divisible by 4, the devices of sharding.sequence='sequen"],
+        ),
+        (
+            {"sharding.sequence": "data"},
+            None,
+            ["sharding.sequence='data': must not name 'data', which sharding.batch='data,fsdp'"],
+        ),
+        (
+            {"sharding.sequence": "tensor"},
+            None,
+            ["sharding.heads='tensor': must not name 'tensor', which sharding.sequence='tensor'"],
         ),
         ({"mesh.data": "2"}, 8, ["mesh.data=2", "8"]),
         ({"mesh.data": "0"}, None, ["mesh.data=0: must be at least 1"]),

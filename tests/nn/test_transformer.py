@@ -9,17 +9,15 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from vqcx_jax.config import schema
-from vqcx_jax.nn import KVCache, Param, Transformer, functional
+from vqcx_jax.nn import Param, Transformer, functional
 from vqcx_jax.nn.loss import summed_nll
 
 Batch = dict[str, jax.Array]
 
 hidden = jax.jit(Transformer.hidden)
-extend = jax.jit(Transformer.extend)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -62,16 +60,6 @@ def test_causal_and_apart(
     np.testing.assert_array_equal(influence(model, one_document) != 0, [earlier, earlier])
 
 
-def test_packed_equals_alone(
-    make_model: Callable[..., Transformer], batch: Batch, attention: str
-) -> None:
-    model = make_model(attention=attention)
-    packed = hidden(model, batch["inputs"], batch["segment_ids"], batch["positions"])
-    second = hidden(model, batch["inputs"][:1, 4:])
-    # The same sums over fewer zeros, which may be added in another order.
-    chex.assert_trees_all_close(packed[:1, 4:], second, rtol=0, atol=1e-5)
-
-
 def test_defaults_are_one_document_from_position_zero(
     make_model: Callable[..., Transformer], batch: Batch
 ) -> None:
@@ -79,26 +67,6 @@ def test_defaults_are_one_document_from_position_zero(
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
     explicit = hidden(model, batch["inputs"], jnp.full((2, 9), 3), positions)
     chex.assert_trees_all_close(hidden(model, batch["inputs"]), explicit, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("chunks", [[5, 1, 1, 1, 1], [5, 4]], ids=["decode", "two_chunks"])
-def test_extend_equals_hidden(
-    make_model: Callable[..., Transformer], batch: Batch, attention: str, chunks: list[int]
-) -> None:
-    model = make_model(attention=attention)
-    # What lies beyond the filled part of a cache must not matter.
-    empty = model.empty_cache(2, 12)
-    assert empty.k.shape == empty.v.shape == (2, 2, 12, 2, 8)
-    cache = KVCache(empty.k + 100.0, empty.v + 100.0)
-    done, outputs = 0, []
-    for size in chunks:
-        h, cache = extend(model, batch["inputs"][:, done : done + size], cache, done)
-        outputs.append(h)
-        done += size
-    expected = hidden(model, batch["inputs"])
-    # Rounding of float32 through two layers; final states are about 0.4 in size.
-    chex.assert_trees_all_close(jnp.concatenate(outputs, axis=1), expected, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(cache.k[:, :, 9:], 100.0)
 
 
 def test_rematerialisation_changes_memory_only(

@@ -1,4 +1,5 @@
-from typing import cast
+import dataclasses
+from typing import Any, cast
 
 import jax
 import pytest
@@ -26,6 +27,27 @@ def test_by_hand() -> None:
     # forward and twice that backward.
     attention = 3 * (17 / 2) * 4 * 6 * 4 * 3
     assert train_flops_per_token(MODEL, 16) == 6 * (3 * layer + 80) + attention
+
+
+@pytest.mark.parametrize(
+    ("attention", "keys", "widths"),
+    [
+        # Of 16 tokens the first 4 see 1 to 4 positions, the others 5.
+        (schema.RopeAttention(window=5), (10 + 12 * 5) / 16, 6 + 6),
+        (schema.AlibiAttention(window=1), 1, 6 + 6),
+        (schema.NopeAttention(window=16), 17 / 2, 6 + 6),
+        (schema.SmoothAttention(window=99), 17 / 2, 6 + 6),
+        (schema.HarmonicAttention(num_harmonics=3), 17 / 2, 3 * 6 + 6),
+        (schema.PopeAttention(window=5), (10 + 12 * 5) / 16, 2 * 6 + 6),
+    ],
+)
+def test_scores_and_values(attention: Any, keys: float, widths: int) -> None:
+    """Forward, and twice that backward, 2 FLOPs for each of 4 heads in 3 layers."""
+    config = dataclasses.replace(MODEL, attention=attention)
+    others = 6 * sum(matrix_parameters(MODEL))
+    assert train_flops_per_token(config, 16) - others == pytest.approx(
+        3 * 2 * 4 * 3 * keys * widths
+    )
 
 
 def test_full_head_multiplies_with_every_row() -> None:

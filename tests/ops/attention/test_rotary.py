@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.attention import rope_frequencies, rotary_table, rotate
+from vqcx_jax.ops.attention import (
+    per_head_frequencies,
+    rope_frequencies,
+    rotary_table,
+    rotate,
+)
 
 
 @pytest.mark.parametrize(("head_dim", "base"), [(4, 10_000.0), (6, 100.0), (256, 500_000.0)])
@@ -28,6 +33,21 @@ def test_fraction_of_planes(head_dim: int, fraction: float, num_turning: int) ->
     actual = rope_frequencies(head_dim, fraction=fraction)
     np.testing.assert_array_equal(actual[:num_turning], rope_frequencies(head_dim)[:num_turning])
     np.testing.assert_array_equal(actual[num_turning:], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "base"), [(1, 8, 1e4), (3, 8, 1e4), (4, 6, 50.0)]
+)
+def test_heads_interleave(num_heads: int, head_dim: int, base: float) -> None:
+    """Falling from head to head and then from plane to plane, they are those of one wide head."""
+    actual = per_head_frequencies(num_heads, head_dim, base)
+    chex.assert_shape(actual, (num_heads, head_dim // 2))
+    one_wide_head = rope_frequencies(num_heads * head_dim, base)
+    chex.assert_trees_all_close(actual.T.ravel(), one_wide_head, rtol=2e-6)
+    part = per_head_frequencies(num_heads, head_dim, base, fraction=0.5)
+    num_turning = head_dim // 4
+    np.testing.assert_array_equal(part[:, :num_turning], actual[:, :num_turning])
+    np.testing.assert_array_equal(part[:, num_turning:], 0.0)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
