@@ -1,0 +1,128 @@
+"""The layer against a softmax over the definition of its scores, and its gradients at the edges."""
+
+from functools import cache, partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from kinds import (
+    INPUTS,
+    KINDS,
+    POSITIONS,
+    SEGMENTS,
+    literal_attention,
+    make_layer,
+    with_random_parameters,
+)
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn import Attention, KVCache, functional
+
+ALL = pytest.mark.parametrize("name", KINDS)
+# Every function that rounds to bfloat16.
+NARROW = ["complex_learned", "complex_window_soft_cap", "smooth_qk_norm", "harmonic3_per_head"]
+NARROW += ["amplitude_linear", "rope_learned_yarn", "pope"]
+COTANGENT = np.random.default_rng(2).standard_normal(INPUTS.shape, np.float32)
+
+
+@cache
+def layer_of(name: str, causal: bool = True, dtype: Any = jnp.float32) -> Attention:
+    return with_random_parameters(lambda: make_layer(KINDS[name], causal=causal, dtype=dtype))
+
+
+@partial(jax.jit, static_argnums=0)
+def output_and_gradients(graphdef: Any, params: Any, x: jax.Array) -> Any:
+    """Of two packed rows; gradients by the parameters and by x."""
+
+    def output(params: Any, x: jax.Array) -> jax.Array:
+        layer = nnx.merge(graphdef, params)
+        return layer(x, layer.encoding.info(SEGMENTS, POSITIONS))[0]
+
+    out, vjp = jax.vjp(output, params, x)
+    return out, vjp(jnp.asarray(COTANGENT, out.dtype))
+
+
+def literal(name: str, causal: bool) -> Any:
+    def run(params: Any, x: Any, *others: Any) -> Any:
+        *rows, cotangent = others
+        function = partial(literal_attention, KINDS[name], causal)
+        out, vjp = jax.vjp(lambda params, x: function(params, x, *rows), params, x)
+        return out, vjp(cotangent)
+
+    return run
+
+
+BOTH_SIDES = ["complex_window_soft_cap", "alibi_window"]
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"), [*((name, True) for name in KINDS), *((name, False) for name in BOTH_SIDES)]
+)
+def test_values_and_gradients(name: str, causal: bool, in_float64: Any, max_error: Any) -> None:
+    graphdef, params, _ = functional.split(layer_of(name, causal))
+    actual = output_and_gradients(graphdef, params, INPUTS)
+    arguments = params, INPUTS, SEGMENTS, POSITIONS, COTANGENT
+    expected = in_float64(literal(name, causal), *arguments)
+    errors = jax.tree.map(max_error, actual, expected)
+    for path, error in jax.tree.leaves_with_path(errors):
+        assert error <= 1e-5, path
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, jnp.float32) for name in KINDS), *((name, jnp.bfloat16) for name in NARROW)],
+)
+def test_gradients_of_zeros_are_finite(name: str, dtype: Any) -> None:
+    graphdef, params, _ = functional.split(layer_of(name, dtype=dtype))
+    zeros = jnp.zeros(INPUTS.shape, dtype)
+    chex.assert_tree_all_finite(output_and_gradients(graphdef, params, zeros))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_bfloat16_is_near_float32(name: str, max_error: Any) -> None:
+    x = jnp.asarray(INPUTS, jnp.bfloat16)
+    wide, narrow = (functional.split(layer_of(name, dtype=t)) for t in (jnp.float32, x.dtype))
+    actual = output_and_gradients(*narrow[:2], x)
+    expected = output_and_gradients(*wide[:2], x.astype(jnp.float32))
+    out, (by_params, by_x) = actual
+    chex.assert_type([out, by_x], jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(by_params), jnp.float32)
+    errors = jax.tree.map(max_error, actual, expected)
+    # Projections, encodings, weights and output are rounded by 2^-9 at most. Four of these move a
+    # score, and scores of 4, as here, move weights by four times as much: (4 * 4 + 3) * 2^-9 if
+    # all went one way, less than half of it as they do not. Gradients pass about twice as many.
+    assert errors[0] <= 2.0**-6
+    for path, error in jax.tree.leaves_with_path(errors[1]):
+        assert error <= 2.0**-4, path
+
+
+@ALL
+def test_only_projections_decay(name: str) -> None:
+    mask = functional.decay_mask(nnx.eval_shape(lambda: make_layer(KINDS[name])))
+    decayed = [path[0].key for path, decays in jax.tree.leaves_with_path(mask) if decays]
+    assert sorted(decayed) == ["k", "out", "q", "v"]
+
+
+def test_defaults_are_one_document_after_the_cache() -> None:
+    apply = jax.jit(Attention.__call__)
+    layer = layer_of("complex_learned")
+    expected, own = apply(layer, INPUTS)
+    ones = jnp.ones((2, 9), jnp.int32)
+    explicit, _ = apply(layer, INPUTS, layer.encoding.info(ones, ones * jnp.arange(9)))
+    chex.assert_trees_all_close(explicit, expected, rtol=0, atol=1e-6)
+    cache = KVCache(*(jnp.zeros((2, 12, 2, 8)) for _ in range(2)))
+    first, cache = apply(layer, INPUTS[:, :5], None, cache, 0)
+    second, cache = apply(layer, INPUTS[:, 5:], None, cache, 5)
+    actual = jnp.concatenate([first, second], axis=1)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-6)
+    chex.assert_trees_all_close(KVCache(*(x[:, :9] for x in cache)), own, rtol=0, atol=1e-6)
+
+
+def test_a_cache_needs_causal_attention() -> None:
+    cache = KVCache(*(jnp.zeros((2, 12, 2, 8)) for _ in range(2)))
+    with pytest.raises(UserError, match="cache: must be None for causal=False"):
+        layer_of("rope", causal=False)(jnp.asarray(INPUTS), cache=cache)
