@@ -2,6 +2,7 @@ import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -40,7 +41,6 @@ def test_spaced_distances() -> None:
 def test_a_panel_for_each_array_and_layer(
     shapes: dict[str, tuple[int, ...]], titles: list[str], tmp_path: Path
 ) -> None:
-    matplotlib = pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     rng = np.random.default_rng(0)
     learned = {name: np.abs(rng.standard_normal(shape)) for name, shape in shapes.items()}
     # Letters stay letters.

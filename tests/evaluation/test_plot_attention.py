@@ -34,7 +34,6 @@ def test_files(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     figure, numbers = tmp_path / "new/attention.svg", tmp_path / "new/attention.npz"
     arguments = [f"--checkpoint={workdir / 'run'}", f"--output={figure}", "--rows=1"]
     window = "--config.model.attention.window=8"

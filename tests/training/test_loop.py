@@ -72,14 +72,12 @@ def test_finished_run_is_only_evaluated_again(one_device: FinishedRun, tmp_path:
     expected = one_device.result
     for name in ("step", "sample", "stopped_by"):
         assert getattr(result, name) == getattr(expected, name)
-    # The sum over a batch is taken by as many threads as are free: the last bit may differ.
+    # Seen once on a busy machine: the same sum, in a program compiled anew, was off by one bit.
     assert result.validation.tokens == expected.validation.tokens
     assert result.validation.nll == pytest.approx(expected.validation.nll, rel=1e-6)
     before, after = records(one_device.workdir), records(tmp_path)
     assert after[:-1] == before[:-1]
-    loss = before[-1]["validation_loss"]
-    assert after[-1]["validation_loss"] == pytest.approx(loss, rel=1e-6)
-    assert after[-1].keys() == before[-1].keys()
+    assert after[-1] | {"time": 0} == pytest.approx(before[-1] | {"time": 0}, rel=1e-6)
 
 
 def poison(run: loop._Run, train_step: Callable[..., Any], step: int) -> None:

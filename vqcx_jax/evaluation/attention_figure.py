@@ -104,7 +104,8 @@ def _draw_map(axes: "Axes", name: str, array: np.ndarray) -> None:
     heads = len(rows) // len(array)
     for layer in range(1, len(array)):
         axes.axhline(layer * heads - 0.5, color="black", linewidth=0.5)
-    axes.set_yticks([heads * (layer + 0.5) - 0.5 for layer in range(len(array))], range(len(array)))
+    layers = range(len(array))
+    axes.set_yticks([heads * (layer + 0.5) - 0.5 for layer in layers], map(str, layers))
     kind = "key heads" if base in _OF_KEY_HEADS else "heads"
     axes.set_ylabel(f"layer, {heads} {kind} in each" if heads > 1 else "layer")
     axes.set_xlabel("plane" if base != "a" else "coordinate")

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vqcx_jax.nn import Attention, Param, Transformer
-from vqcx_jax.nn.attention import TokenInfo
+from vqcx_jax.nn import Param, Transformer
 from vqcx_jax.nn.attention.pope import PopeEncoding
 from vqcx_jax.nn.attention.rotary import RotaryEncoding
 from vqcx_jax.nn.transformer import Block
@@ -68,24 +67,6 @@ def attention_by_distance(
     return AttentionByDistance(np.asarray(sums, np.float64).sum(axis=0), np.sum(pairs, axis=0))
 
 
-def attention_weights(attention: Attention, x_BxTxD: jax.Array, info: TokenInfo) -> jax.Array:
-    """Float32 (B, H, T, T): the softmax that `attention(x_BxTxD, info)` takes of its scores."""
-    index = jnp.arange(x_BxTxD.shape[1])
-    mask = ops.segment_mask(info.segment_ids, info.segment_ids)
-    if attention.causal:
-        mask &= ops.causal_mask(len(index), len(index))
-    if attention.options.window is not None:
-        mask &= ops.window_mask(len(index), len(index), attention.options.window)
-    slopes = attention.encoding.slopes()
-    return ops.attention_weights(
-        *attention.queries_and_keys(x_BxTxD, info),
-        mask,
-        scale=attention.encoding.scale,
-        bias=None if slopes is None else ops.alibi_bias(slopes, index[None], index[None]),
-        soft_cap=attention.options.logit_soft_cap,
-    )
-
-
 @jax.jit
 def _sums(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
     """`AttentionByDistance.sums` of one batch."""
@@ -93,7 +74,7 @@ def _sums(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
     is_token_BxT = batch["segment_ids"] != 0
 
     def layer(x_BxTxD: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
-        weights_BxHxTxT = attention_weights(block.attention, block.attention_norm(x_BxTxD), info)
+        weights_BxHxTxT = block.attention.weights(block.attention_norm(x_BxTxD), info)
         weights_BxHxTxT *= is_token_BxT[:, None, :, None]
         x_BxTxD, _ = block(x_BxTxD, info)
         return x_BxTxD, jnp.sum(_by_distance(weights_BxHxTxT), axis=(0, 2))

@@ -6,7 +6,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import (
+from attention_kinds import (
     HEAD_DIM,
     KINDS,
     NUM_KV_HEADS,

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from kinds import (
+from attention_kinds import (
     INPUTS,
     KINDS,
     POSITIONS,
@@ -19,6 +18,7 @@ from kinds import (
     make_model,
     with_random_parameters,
 )
+from flax import nnx
 
 from vqcx_jax.nn import Attention, Transformer, functional
 

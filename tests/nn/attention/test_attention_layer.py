@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from kinds import (
+from attention_kinds import (
     INPUTS,
     KINDS,
     POSITIONS,
     SEGMENTS,
     literal_attention,
+    literal_weights,
     make_layer,
     with_random_parameters,
 )
+from flax import nnx
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import Attention, KVCache, functional
@@ -70,6 +71,18 @@ def test_values_and_gradients(name: str, causal: bool, in_float64: Any, max_erro
     errors = jax.tree.map(max_error, actual, expected)
     for path, error in jax.tree.leaves_with_path(errors):
         assert error <= 1e-5, path
+
+
+@ALL
+def test_weights(name: str, in_float64: Any, max_error: Any) -> None:
+    layer = layer_of(name)
+    _, params, _ = functional.split(layer)
+    info = layer.encoding.info(SEGMENTS, POSITIONS)
+    weights = jax.jit(Attention.weights)(layer, INPUTS, info)
+    function = partial(literal_weights, KINDS[name], True)
+    expected = in_float64(function, params, INPUTS, SEGMENTS, POSITIONS)
+    assert weights.dtype == jnp.float32
+    assert max_error(weights, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import chex
 import jax
 import numpy as np
 import pytest
+from attention_kinds import KINDS, VOCAB_SIZE, extend, make_model
 from flax import nnx
-from kinds import KINDS, VOCAB_SIZE, extend, make_model
 
 from vqcx_jax import sharding
 from vqcx_jax.config import schema

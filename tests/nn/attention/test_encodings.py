@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_kinds import INPUTS, KINDS, literal_scores, make_layer, with_random_parameters
 from flax import nnx
-from kinds import INPUTS, KINDS, literal_scores, make_layer, with_random_parameters
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Attention, functional

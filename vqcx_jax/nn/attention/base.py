@@ -8,6 +8,7 @@ from flax import nnx
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn.layers import ROWS
+from vqcx_jax.nn.variables import Param, logical_axes
 from vqcx_jax.sharding import LogicalAxes, per_device
 
 HEADS: LogicalAxes = (*ROWS, "heads", None)
@@ -66,17 +67,13 @@ class Encoding(nnx.Module):
         q: jax.Array,
         k: jax.Array,
         table: tuple[jax.Array, ...],
-        parameters: dict[str, tuple[jax.Array, LogicalAxes]],
+        *trained: Param,
     ) -> QueriesAndKeys:
-        """function(q, k, *table, **parameters) on each device's positions and heads."""
-        arrays = [array for array, _ in parameters.values()]
+        """function(q, k, *table, *trained), of `ops.attention.encode`, on each device's heads."""
         axes = [HEADS, HEADS, *(HEADS if x.ndim == 4 else (*ROWS, None) for x in table)]
-        axes += [axes_of for _, axes_of in parameters.values()]
-
-        # The backward pass takes phases once more: that is cheaper than to keep them.
-        @jax.checkpoint
-        def encode(q: jax.Array, k: jax.Array, *rest: jax.Array) -> QueriesAndKeys:
-            named = dict(zip(parameters, rest[len(table) :], strict=True))
-            return function(q, k, *rest[: len(table)], **named)
-
-        return per_device(encode, axes, (HEADS, HEADS), self.rules)(q, k, *table, *arrays)
+        axes += [logical_axes(x) for x in trained]
+        if trained:
+            # The backward pass takes phases once more, which needs less memory than to keep them.
+            function = jax.checkpoint(function)
+        run = per_device(function, axes, (HEADS, HEADS), self.rules)
+        return run(q, k, *table, *(x[...] for x in trained))

@@ -1,6 +1,5 @@
 """Self-attention, grouped-query, with a KV cache."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -155,6 +154,22 @@ class Attention(nnx.Module):
         )
         return y_BxTxHxd
 
+    def weights(self, x_BxTxD: jax.Array, info: TokenInfo) -> jax.Array:
+        """The softmax that `self(x_BxTxD, info)` takes, float32 (B, H, T, T): to be looked at.
+
+        All of it is on one device: no mesh may be set.
+        """
+        num_tokens = x_BxTxD.shape[1]
+        mask = self._mask(num_tokens, num_tokens, 0)
+        in_segment = ops.segment_mask(info.segment_ids, info.segment_ids)
+        return ops.attention_weights(
+            *self.queries_and_keys(x_BxTxD, info),
+            in_segment if mask is None else in_segment & mask,
+            scale=self.encoding.scale,
+            bias=self._bias(num_tokens, num_tokens, 0, *self._slopes()[0]),
+            soft_cap=self.options.logit_soft_cap,
+        )
+
     def _extend(
         self,
         q_BxTxHxd: jax.Array,
@@ -235,9 +250,14 @@ class Attention(nnx.Module):
         first: jax.Array | int,
         *slopes: jax.Array,
     ) -> jax.Array:
-        bias = None
-        if slopes:
-            q_index, k_index = first + jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
-            bias = ops.alibi_bias(slopes[0], q_index[None], k_index[None])
-        attend = partial(ops.attend, scale=self.encoding.scale, bias=bias)
-        return attend(q, k, v, mask, soft_cap=self.options.logit_soft_cap)
+        bias = self._bias(q.shape[1], k.shape[1], first, *slopes)
+        scale, soft_cap = self.encoding.scale, self.options.logit_soft_cap
+        return ops.attend(q, k, v, mask, scale=scale, bias=bias, soft_cap=soft_cap)
+
+    def _bias(
+        self, num_queries: int, num_keys: int, first: jax.Array | int, *slopes: jax.Array
+    ) -> jax.Array | None:
+        if not slopes:
+            return None
+        q_index, k_index = first + jnp.arange(num_queries), jnp.arange(num_keys)
+        return ops.alibi_bias(slopes[0], q_index[None], k_index[None])

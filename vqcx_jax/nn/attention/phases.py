@@ -39,8 +39,7 @@ class ComplexEncoding(RotaryEncoding):
             self.scale *= head_dim**0.5
 
     def _adapt(self) -> Adapt:
-        delta, bias = (self.delta[...], PER_HEAD), (self.bias[...], PER_HEAD)
-        return ops.complex_queries_and_keys, {"delta": delta, "bias": bias}
+        return ops.complex_queries_and_keys, (self.delta, self.bias)
 
 
 class EulerFormerEncoding(RotaryEncoding):
@@ -59,12 +58,11 @@ class EulerFormerEncoding(RotaryEncoding):
         self.bias = param(jnp.zeros((size,), jnp.float32), (None,), decay=False)
 
     def _adapt(self) -> Adapt:
-        delta, bias = (self.delta[...], (None,)), (self.bias[...], (None,))
-        return ops.complex_queries_and_keys, {"delta": delta, "bias": bias}
+        return ops.complex_queries_and_keys, (self.delta, self.bias)
 
 
 class AmplitudeEncoding(RotaryEncoding):
-    """Adapt(AS) = b, the harmonic r = 0 alone: bias (H, P)."""
+    """Adapt(AS) = b: bias (H, P)."""
 
     def __init__(
         self,
@@ -78,12 +76,7 @@ class AmplitudeEncoding(RotaryEncoding):
         self.bias = _bias(num_heads, head_dim)
 
     def _adapt(self) -> Adapt:
-        bias = self.bias[...][:, None]
-        weights = jnp.ones_like(bias)
-        return ops.harmonic_queries_and_keys, {
-            "weights": (weights, (*PER_HEAD, None)),
-            "bias": (bias, (*PER_HEAD, None)),
-        }
+        return ops.amplitude_queries_and_keys, (self.bias,)
 
 
 class SmoothEncoding(RotaryEncoding):
@@ -102,8 +95,7 @@ class SmoothEncoding(RotaryEncoding):
         self.bias = _bias(num_heads, head_dim)
 
     def _adapt(self) -> Adapt:
-        a, bias = (self.a[...], PER_HEAD), (self.bias[...], PER_HEAD)
-        return ops.smooth_queries_and_keys, {"a": a, "bias": bias}
+        return ops.smooth_queries_and_keys, (self.a, self.bias)
 
 
 class HarmonicEncoding(RotaryEncoding):
@@ -124,8 +116,7 @@ class HarmonicEncoding(RotaryEncoding):
         self.bias = param(zeros, (*PER_HEAD, None), decay=False)
 
     def _adapt(self) -> Adapt:
-        weights, bias = (self.weights[...], (*PER_HEAD, None)), (self.bias[...], (*PER_HEAD, None))
-        return ops.harmonic_queries_and_keys, {"weights": weights, "bias": bias}
+        return ops.harmonic_queries_and_keys, (self.weights, self.bias)
 
 
 def _bias(num_heads: int, head_dim: int) -> Param:

@@ -31,5 +31,4 @@ class PopeEncoding(Encoding):
 
     def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
         """See `Encoding`."""
-        parameters = {"bias": (self.bias[...], PER_HEAD)}
-        return self._encode(ops.pope_queries_and_keys, q, k, info.table, parameters)
+        return self._encode(ops.pope_queries_and_keys, q, k, info.table, self.bias)

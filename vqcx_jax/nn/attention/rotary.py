@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from vqcx_jax.config import schema
 from vqcx_jax.nn.attention.base import HEADS, PER_HEAD, Encoding, QueriesAndKeys, TokenInfo
 from vqcx_jax.nn.layers import ROWS
-from vqcx_jax.nn.variables import param
+from vqcx_jax.nn.variables import Param, param
 from vqcx_jax.ops import attention as ops
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
-# A function of `ops.attention.encode`, and its parameters with their logical axes.
-Adapt = tuple[Callable[..., QueriesAndKeys], dict[str, tuple[jax.Array, LogicalAxes]]]
+# A function of `ops.attention.encode`, and what it takes after the table.
+Adapt = tuple[Callable[..., QueriesAndKeys], tuple[Param, ...]]
 
 
 class RotaryEncoding(Encoding):
@@ -53,12 +53,12 @@ class RotaryEncoding(Encoding):
 
     def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
         """See `Encoding`."""
-        function, parameters = self._adapt()
+        function, trained = self._adapt()
         table = info.table or self._table(info.positions)
-        return self._encode(function, q, k, table, parameters)
+        return self._encode(function, q, k, table, *trained)
 
     def _adapt(self) -> Adapt:
-        return ops.rope_queries_and_keys, {}
+        return ops.rope_queries_and_keys, ()
 
     def _table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
         frequencies = self.frequencies()

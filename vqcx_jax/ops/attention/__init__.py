@@ -14,6 +14,7 @@ from vqcx_jax.ops.attention.core import (
     window_mask,
 )
 from vqcx_jax.ops.attention.encode import (
+    amplitude_queries_and_keys,
     complex_queries_and_keys,
     harmonic_queries_and_keys,
     pope_queries_and_keys,
@@ -48,6 +49,7 @@ from vqcx_jax.ops.attention.smooth import smooth_adapt
 __all__ = [
     "alibi_bias",
     "alibi_slopes",
+    "amplitude_queries_and_keys",
     "attend",
     "attention_weights",
     "causal_mask",

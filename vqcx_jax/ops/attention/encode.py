@@ -48,6 +48,22 @@ def complex_queries_and_keys(
     return _rotated(q, q_adapted, cos, sin), _rotated(k, euler_adapt(_wide(k), delta), cos, sin)
 
 
+def amplitude_queries_and_keys(
+    q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """CMHA with delta = 0, the harmonic r = 0 alone: `reference.harmonic_scores` with weights of 1.
+
+    Args:
+        q, k, cos, sin: as above.
+        bias: (H, P) or (P,), radians.
+
+    Returns:
+        q', k' of the shapes of q and k.
+    """
+    bias = bias[..., None, :]
+    return harmonic_queries_and_keys(q, k, cos, sin, jnp.ones_like(bias), bias)
+
+
 def smooth_queries_and_keys(
     q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array, a: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

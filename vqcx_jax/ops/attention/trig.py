@@ -1,9 +1,8 @@
 """Arctangent, cosine and sine for float32 arrays of any size, as polynomials.
 
-XLA's own hold for any argument, infinite and huge ones too, to the last bit. On CPUs they need 20
-to 50 times as long, which made the encoding of complex attention the larger part of its cost;
-phases of queries and keys need neither. The coefficients are minimax fits of relative error, in
-powers of the squared argument, off by 3e-9 and less: what remains of the error
+XLA's own hold for any argument, infinite and huge ones too, to the last bit, and are slow for it on
+CPUs; phases of queries and keys need neither. The coefficients are minimax fits of relative error,
+in powers of the squared argument, off by 3e-9 and less: what remains of the error
 is the rounding of float32.
 """
 

@@ -106,7 +106,22 @@ def literal_attention(
     segment_ids: jax.Array,
     positions: jax.Array,
 ) -> jax.Array:
-    """(B, T, D): the softmax over `literal_scores`, and the projections of an `Attention`."""
+    """(B, T, D): `literal_weights`, and the projections of an `Attention`."""
+    weights = literal_weights(options, causal, params, x, segment_ids, positions)
+    v = jnp.einsum("btd,dhk->bthk", x, params["v"])
+    v = of_query_heads(v, weights.shape[1], axis=2)
+    return jnp.einsum("bhts,bshk,hkd->btd", weights, v, params["out"])
+
+
+def literal_weights(
+    options: schema.AttentionConfig,
+    causal: bool,
+    params: functional.Tree,
+    x: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+) -> jax.Array:
+    """(B, H, T, T): the softmax over `literal_scores`."""
     scores = literal_scores(options, params, x, positions)
     num_heads, length = scores.shape[1:3]
     if options.logit_soft_cap is not None:
@@ -121,9 +136,7 @@ def literal_attention(
         visible &= distance >= 0
     if options.window is not None:
         visible &= jnp.abs(distance) < options.window
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    v = of_query_heads(jnp.einsum("btd,dhk->bthk", x, params["v"]), num_heads, axis=2)
-    return jnp.einsum("bhts,bshk,hkd->btd", weights, v, params["out"])
+    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 
 def literal_scores(
