@@ -70,6 +70,7 @@ class Checkpoints:
 
     def restore(self, step: int, state: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The state saved at `step`, laid out as the abstract `state`; moves `data` there."""
+        self._checkpointer.wait()  # A save that is under way has no checkpoint to read yet.
         loaded = self._checkpointer.load_checkpointables(
             step,
             {
