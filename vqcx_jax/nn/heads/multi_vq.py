@@ -11,7 +11,7 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.base import Head, Sampler
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
-from vqcx_jax.ops import soft_cap, softmax
+from vqcx_jax.ops import device, soft_cap, softmax
 from vqcx_jax.ops.codebook import check_codes, loss, multi, sampling
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
@@ -35,7 +35,8 @@ class MultiVQHead(Head):
             vectors anew in each step and stream a full softmax over them, which is what matrix
             units are good at; False: stream over codes, which is less work for wide models
             (measured on CPUs, see docs/output_layer.md). None: True, unless there is a soft-cap,
-            which vectors cannot have.
+            which vectors cannot have, or the device is a TPU, whose kernel multiplies by M K
+            codes, and they are fewer than D.
         logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
             within the cap (with scales, within scale times the cap) before its bias; own tokens
             directly.
@@ -95,6 +96,7 @@ class MultiVQHead(Head):
             self.scale = param(scale, (None,), decay=False)
         self.closes = num_codebooks <= 2 and not token_scale
         self.expands = not self.closes and expand_vectors is not False and logit_soft_cap is None
+        self.may_stream = expand_vectors is None and num_codebooks * num_codes < dim
         self.form: Form = form
         self.has_own = own_tokens is not None
         self.has_bias = token_bias
@@ -111,11 +113,14 @@ class MultiVQHead(Head):
             h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: dict[str, Any]
         ) -> tuple[jax.Array, jax.Array]:
             bias, scale = arrays.get("bias"), arrays.get("scale")
-            if self.expands:
+            if self._expands_here():
                 weights_VxD = self._vectors(arrays)
                 return softmax.streamed_nll(h_BxTxD, weights_VxD, tokens_BxT, bias)
             code_logits, own = self._code_logits(h_BxTxD, arrays)
-            return loss.nll(code_logits, arrays["assignment"], tokens_BxT, bias, scale, own)
+            codes = arrays["assignment"]
+            return loss.nll(
+                code_logits, codes, tokens_BxT, bias, scale, own, product_dtype=self.dtype
+            )
 
         axes: list[LogicalAxes] = [HIDDEN, ROWS, ()]
         arrays = self._arrays()
@@ -192,6 +197,9 @@ class MultiVQHead(Head):
         if self.has_scale:
             arrays["scale"] = self.scale[...]
         return arrays
+
+    def _expands_here(self) -> bool:
+        return self.expands and not (self.may_stream and device.current().platform == "tpu")
 
     def _vectors(self, arrays: dict[str, Any]) -> jax.Array:
         """The vectors of all tokens, (V, D)."""

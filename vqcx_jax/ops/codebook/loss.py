@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from vqcx_jax.ops.codebook import bilinear, closed_form, multi, streaming
+from vqcx_jax.ops.codebook import bilinear, closed_form, multi, scatter, streaming
 from vqcx_jax.ops.codebook.checks import check_per_token
 
 
@@ -32,12 +33,15 @@ def log_z(
     assignment: jax.Array,
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
+    *,
+    product_dtype: DTypeLike = "float32",
 ) -> jax.Array:
     """logsumexp_v of z_v = scale[v] sum_m code_logits[m][assignment[v, m]] + bias[v].
 
     Args:
         code_logits: M arrays, float32 (..., K_m). assignment: int (V, M), column m in [0, K_m).
         bias, scale: (V,) or None.
+        product_dtype: as in `streaming.log_z`; closed forms are float32.
 
     Returns:
         float32 (...).
@@ -56,7 +60,7 @@ def log_z(
         return bilinear.log_z(
             code_logits, bilinear.cell_log_mass(assignment, (sizes[0], sizes[1]), bias)
         )
-    return streaming.log_z(code_logits, assignment, bias, scale)
+    return streaming.log_z(code_logits, assignment, bias, scale, product_dtype=product_dtype)
 
 
 def nll(
@@ -66,6 +70,8 @@ def nll(
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
     own: Own | None = None,
+    *,
+    product_dtype: DTypeLike = "float32",
 ) -> tuple[jax.Array, jax.Array]:
     """-log p(target) and log Z.
 
@@ -77,12 +83,13 @@ def nll(
         nll, log_z: float32 (...).
     """
     if own is None:
-        z = log_z(code_logits, assignment, bias, scale)
+        z = log_z(code_logits, assignment, bias, scale, product_dtype=product_dtype)
         return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
     vocab_size = assignment.shape[0]
     bias_V = jnp.zeros((vocab_size,), jnp.float32) if bias is None else bias.astype(jnp.float32)
     is_own_V = jnp.zeros((vocab_size,), bool).at[own.tokens].set(True)
-    rest = log_z(code_logits, assignment, jnp.where(is_own_V, -jnp.inf, bias_V), scale)
+    bias_of_rest_V = jnp.where(is_own_V, -jnp.inf, bias_V)
+    rest = log_z(code_logits, assignment, bias_of_rest_V, scale, product_dtype=product_dtype)
     own_z = jax.nn.logsumexp(own.logits + bias_V[own.tokens], axis=-1)
     z = jnp.logaddexp(own_z, rest)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
@@ -100,7 +107,8 @@ def logits(
     own: Own | None = None,
 ) -> jax.Array:
     """V logits, for when somebody asks for them: float32 (..., V). Arguments as in `nll`."""
-    z = multi.logits(code_logits, assignment, None, scale)
-    if own is not None:
-        z = z.at[..., own.tokens].set(own.logits)
+    if own is None:
+        return scatter.logits(code_logits, assignment, bias, scale)
+    z = scatter.logits(code_logits, assignment, None, scale)
+    z = z.at[..., own.tokens].set(own.logits)
     return z if bias is None else z + bias.astype(jnp.float32)

@@ -62,28 +62,6 @@ def log_z(
     return _log_z(rows, assignment, scale, bias).reshape(leading)
 
 
-def nll(
-    code_logits: multi.CodeLogits,
-    assignment: jax.Array,
-    targets: jax.Array,
-    bias: jax.Array | None = None,
-    scale: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """-log p(target) and log Z, equal to `reference.nll_of_logits`, for any M.
-
-    Args:
-        targets: int (...), values in [0, V). Others as in `log_z`.
-
-    Returns:
-        nll, log_z: float32 (...).
-
-    Raises:
-        UserError: assignment is not (V, M).
-    """
-    z = log_z(code_logits, assignment, bias, scale)
-    return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
-
-
 @jax.custom_vjp
 def _log_z(
     code_logits: multi.CodeLogits,

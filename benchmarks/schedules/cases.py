@@ -1,0 +1,121 @@
+"""Kernels and shapes whose schedules are read, and how often their conditional regions run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# Cycles a second: peak bfloat16 operations over twice the products of a bundle.
+CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 1.75e9}
+
+N, D, V = 8192, 2048, 128_256
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Attributes: name, as in the dump; executions of regions by chip, on one core."""
+
+    name: str
+    executions: Mapping[str, Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Attributes: function to compile, its arguments as (shape, dtype), and its kernels."""
+
+    function: Callable[..., Any]
+    arguments: Sequence[tuple[tuple[int, ...], str]]
+    kernels: Sequence[Kernel]
+
+
+def compile_for(name: str, chip: str) -> dict[str, int]:
+    """Compiles a case for the first chip of a topology; bytes that it holds."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("chip",), devices=devices[:1], axis_types=auto)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P())
+    case = CASES[name]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        for shape, dtype in case.arguments
+    ]
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("tpu",))
+        memory = lowered.compile().memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "results": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+
+
+def _streamed(num_codebooks: int, num_codes: int, product_dtype: str, has_scale: bool) -> Case:
+    from vqcx_jax.ops.codebook import streaming
+
+    def loss(l_NxMK: jax.Array, codes: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
+        code_logits = tuple(jnp.split(l_NxMK, num_codebooks, axis=1))
+        z = streaming.log_z(
+            code_logits,
+            codes,
+            bias,
+            scale if has_scale else None,
+            implementation="pallas_tpu",
+            product_dtype=product_dtype,
+        )
+        return jnp.sum(z)
+
+    # Setting up and finishing are for each block of 1024 positions; v5p has two cores.
+    once = {"v5e": 8, "v5p": 4, "v6e": 8, "tpu7x": 4}
+    return Case(
+        jax.value_and_grad(loss, (0, 2, 3)),
+        [
+            ((N, num_codebooks * num_codes), "float32"),
+            ((V, num_codebooks), "int32"),
+            ((V,), "float32"),
+            ((V,), "float32"),
+        ],
+        [
+            Kernel("vqcx_codebook_log_z_forward", {c: (n, n) for c, n in once.items()}),
+            Kernel("vqcx_codebook_log_z_backward", {c: (n, 1) for c, n in once.items()}),
+        ],
+    )
+
+
+def _tokamax() -> Case:
+    def loss(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
+        import tokamax
+        from tokamax._src.ops.linear_softmax_cross_entropy_loss import pallas_mosaic_tpu as peer
+
+        for op in vars(peer).values():  # It asks the host's devices, which are no TPUs here.
+            if isinstance(op, type) and "supported_on" in vars(op):
+                op.supported_on = lambda self, device: True
+        return tokamax.linear_softmax_cross_entropy_loss(
+            h, targets, weights, reduction="sum", implementation="mosaic_tpu"
+        )
+
+    # In a core's 5344 steps, over 4 slices of D: the first product starts the logits of a tile, and
+    # three add to them; then their loss, or the gradient by them. Backward, in each step, both
+    # gradients of the tile before, each either started or added to. Copies at edges are left out.
+    logits = (1336, 4008, 1336)
+    gradients = (*logits, 668, 32, 4676, 5312)
+    return Case(
+        jax.value_and_grad(loss, (0, 1)),
+        [((N, D), "bfloat16"), ((D, V), "bfloat16"), ((N,), "int32")],
+        [
+            Kernel("lce_fwd", {"v5p": logits, "v6e": (*logits, 0, 0)}),
+            Kernel("lce_bwd", {"v5p": (0, *gradients), "v6e": (0, 0, 0, *gradients)}),
+        ],
+    )
+
+
+CASES: dict[str, Case] = {
+    "log_z 16x16": _streamed(16, 16, "bfloat16", False),
+    "log_z 16x16, scales": _streamed(16, 16, "bfloat16", True),
+    "log_z 16x16, float32": _streamed(16, 16, "float32", False),
+    "full, tokamax": _tokamax(),
+}

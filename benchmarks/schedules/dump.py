@@ -1,0 +1,147 @@
+"""Reads the final schedule of a TPU kernel from what the compiler dumps.
+
+A schedule is a list of bundles. Loops are branches backwards; what is conditional (`pl.when`) is a
+branch forwards over a region. Regions of fewer than `SMALL` bundles, such as the bookkeeping of
+copies, count as if they always ran.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+SMALL = 60
+_DELAY = 5  # Bundles from a branch to where it leaves off, itself among them.
+
+_ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:LB|LH|LE|PB|PF|CT)?\s*:")
+_BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_TRIPS = re.compile(r"totalorder [^,]+, (\d+) /\* loop exit test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Bundles [start, end) and how often they run."""
+
+    start: int
+    end: int
+    runs: float
+    inside: tuple[tuple[int, int], ...] = ()  # Conditional regions, which do not count here.
+
+    def addresses(self) -> list[int]:
+        """Those that count."""
+        skipped = {a for start, end in self.inside for a in range(start, end)}
+        return [a for a in range(self.start, self.end) if a not in skipped]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.start:#x}-{self.end:#x}: {len(self.addresses()):,} bundles x {self.runs:,.0f}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Attributes: loop (start, end) and its trips; regions inside; usage of units per bundle."""
+
+    loop: tuple[int, int]
+    trips: int
+    regions: tuple[tuple[int, int], ...]
+    units: tuple[str, ...]
+    capacity: tuple[int, ...]
+    usage: tuple[tuple[int, ...], ...]
+
+    def cycles(self, executions: Sequence[float]) -> tuple[float, list[Part]]:
+        """Bundles times executions.
+
+        Args:
+            executions: of each conditional region, in the order of addresses.
+
+        Raises:
+            ValueError: there are more or fewer regions.
+        """
+        if len(executions) != len(self.regions):
+            found = ", ".join(f"{b - a} bundles at {a:#x}" for a, b in self.regions)
+            raise ValueError(
+                f"{len(executions)} executions for {len(self.regions)} regions: {found}"
+            )
+        parts = [Part(*self.loop, self.trips, self.regions)]
+        parts += [Part(a, b, n) for (a, b), n in zip(self.regions, executions, strict=True)]
+        return sum(len(part.addresses()) * part.runs for part in parts), parts
+
+    def busiest(self, parts: Sequence[Part]) -> tuple[str, float]:
+        """The unit with the largest share of its slots in use, weighted as the cycles are."""
+        total = sum(len(part.addresses()) * part.runs for part in parts)
+        used = [
+            sum(part.runs * sum(self.usage[a][u] for a in part.addresses()) for part in parts)
+            for u in range(len(self.units))
+        ]
+        shares = {
+            unit: n / (slots * total)
+            for unit, n, slots in zip(self.units, used, self.capacity, strict=True)
+            if ":" not in unit  # Spills and fills are among the stores and loads.
+        }
+        unit = max(shares, key=shares.__getitem__)
+        return unit, shares[unit]
+
+
+def read(directory: Path, kernel: str) -> Schedule:
+    """The last compiled kernel whose name contains this one.
+
+    Raises:
+        ValueError: there is none, or its outermost loop is not found.
+    """
+    found = [
+        f
+        for f in sorted(directory.glob(f"*{kernel}*-final_bundles.txt"))
+        if "analysis" not in f.name
+    ]
+    if not found:
+        raise ValueError(f"{kernel}: no schedule in the dump")
+    starts: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    trips: list[tuple[int, int]] = []
+    address = 0
+    for line in found[-1].read_text().splitlines():
+        if match := _ADDRESS.match(line):
+            address = int(match.group(1), 16)
+        branches += [(address, target) for target in _BRANCH.findall(line)]
+        trips += [(address, int(count)) for count in _TRIPS.findall(line)]
+        for region in re.findall(r"Start region (\d+)", line):
+            starts.setdefault(region, address)
+        for region in re.findall(r"Start/End empty region (\d+)", line):
+            starts.setdefault(region, address)
+    end, count = max(trips)
+    loop = (min(_loop_starts(found[-1])), end)
+    regions = [
+        (at + _DELAY, starts[target])
+        for at, target in branches
+        if loop[0] <= at < end and starts.get(target, 0) - at - _DELAY >= SMALL
+    ]
+    step = max(regions, key=lambda region: region[1] - region[0], default=loop)
+    if step[1] - step[0] > (loop[1] - loop[0]) / 2:
+        # The pipeline of copies goes two trips further than the steps of the grid.
+        loop, count = step, count - 2
+        regions = [(a, b) for a, b in regions if step[0] <= a and b <= step[1] and (a, b) != step]
+    outermost = [r for r in regions if not any(_holds(other, r) for other in regions)]
+    units, capacity, usage = _usage(directory, kernel)
+    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage)
+
+
+def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _loop_starts(path: Path) -> list[int]:
+    headers = re.findall(r"^\s*(0x[0-9a-f]+) LB", path.read_text(), re.MULTILINE)
+    if not headers:
+        raise ValueError(f"{path.name}: no loop")
+    return [int(address, 16) for address in headers]
+
+
+def _usage(
+    directory: Path, kernel: str
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    path = sorted(directory.glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt"))[-1]
+    lines = path.read_text().splitlines()
+    units = tuple(unit.strip() for unit in lines[1].split(","))
+    rows = [tuple(map(int, line.split())) for line in lines[4:] if line.strip()]
+    return units, tuple(map(int, lines[2].split())), tuple(rows)

@@ -1,0 +1,78 @@
+"""log Z and losses of any number of codebooks, by the implementation that suits the device."""
+
+import functools
+
+import jax
+from jax.typing import DTypeLike
+
+from vqcx_jax.ops import dispatch
+from vqcx_jax.ops.codebook import multi
+from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.codebook.streaming import tpu, xla
+
+_ORDER = {"tpu": (dispatch.PALLAS_TPU, dispatch.XLA)}
+
+
+def log_z(
+    code_logits: multi.CodeLogits,
+    assignment: jax.Array,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+    product_dtype: DTypeLike = "float32",
+) -> jax.Array:
+    """logsumexp_v of z_v = scale[v] sum_m code_logits[m][assignment[v, m]] + bias[v].
+
+    Args:
+        code_logits: M arrays, float32 (..., K_m). assignment: int (V, M), column m in [0, K_m).
+        bias, scale: (V,) or None.
+        implementation: "xla", "pallas_tpu", or None: the kernel where there is one.
+        product_dtype: what a kernel may round code logits and probabilities to before it
+            multiplies them on a matrix unit: float32 (not at all) or bfloat16. Sums are float32.
+
+    Returns:
+        float32 (...).
+
+    Raises:
+        UserError: assignment is not (V, M); bias or scale is not (V,); the implementation that
+            was named cannot run.
+    """
+    multi.check_assignment(code_logits, assignment)
+    check_per_token("bias", bias, assignment.shape[0])
+    check_per_token("scale", scale, assignment.shape[0])
+    arrays = (code_logits, assignment, bias, scale)
+    implementations = {
+        dispatch.XLA: functools.partial(xla.log_z, *arrays),
+        dispatch.PALLAS_TPU: functools.partial(tpu.log_z, *arrays, product_dtype=product_dtype),
+    }
+    return dispatch.run("codebook.streaming.log_z", implementations, implementation, _ORDER)
+
+
+def nll(
+    code_logits: multi.CodeLogits,
+    assignment: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+    product_dtype: DTypeLike = "float32",
+) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) and log Z, equal to `codebook.reference.nll_of_logits`, for any M.
+
+    Args:
+        targets: int (...), values in [0, V). Others as in `log_z`.
+
+    Returns:
+        nll, log_z: float32 (...).
+    """
+    z = log_z(
+        code_logits,
+        assignment,
+        bias,
+        scale,
+        implementation=implementation,
+        product_dtype=product_dtype,
+    )
+    return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
