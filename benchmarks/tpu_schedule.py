@@ -5,7 +5,7 @@
 A schedule is static: a bundle is issued in each cycle unless the core waits for memory, so bundles
 of a loop body times its trips are the cycles of a kernel that never waits. That is what is printed,
 with the unit that is busiest; it is no measurement. Needs libtpu; the peers need tokamax
-(`pip install -e '.[tpu_test]' tokamax`, Python 3.12). Only one process at a time may use libtpu.
+(`pip install -e '.[test]' tokamax`, Python 3.12). Only one process at a time may use libtpu.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """C4 on one host: a GPT-2-small shape for 2.6 billion tokens.
 
-Trunk 85.0M parameters, input embedding 25.2M, codebook 0.3M (a full output layer: 25.2M).
+Trunk 85.0M parameters, input embedding 25.2M, codebook 0.2M, a bias and a scale per
+token 0.07M (a full output layer: 25.2M).
 """
 
 from vqcx_jax.config import schema
@@ -17,7 +18,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=2048,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=384, assignment="frequency"),
+            head=schema.ClassVQHead(),
             dtype="bfloat16",
         ),
         data=schema.Data(

@@ -1,7 +1,8 @@
 """Ladder, 1B: C4, 20 tokens per parameter (25 billion), grouped-query attention, FSDP.
 
-Trunk 973M parameters, input embedding 268M, codebook 2.6M (a full output layer: 268M).
-For 8 devices or more.
+Trunk 973M parameters, input embedding 268M, codebook 2.1M, a bias and a scale per
+token 0.27M (a full output layer: 268M). For 8 devices or more; with little memory, split
+the batch: --config.train.grad_accumulation=4.
 """
 
 from vqcx_jax.config import schema
@@ -18,7 +19,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=8192,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=1280, assignment="frequency"),
+            head=schema.ClassVQHead(num_codes=1024),
             dtype="bfloat16",
             remat="full",
         ),

@@ -1,6 +1,7 @@
 """Ladder, 30M: C4, 20 tokens per parameter (0.6 billion).
 
-Trunk 17.7M parameters, input embedding 12.6M, codebook 0.1M (a full output layer: 12.6M).
+Trunk 17.7M parameters, input embedding 12.6M, codebook 0.1M, a bias and a scale per
+token 0.07M (a full output layer: 12.6M).
 """
 
 from vqcx_jax.config import schema
@@ -17,7 +18,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=1024,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=384, assignment="frequency"),
+            head=schema.ClassVQHead(),
             dtype="bfloat16",
         ),
         data=schema.Data(

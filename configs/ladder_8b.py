@@ -1,7 +1,8 @@
 """Ladder, 8B: C4, 20 tokens per parameter (151 billion), grouped-query attention, FSDP.
 
-Trunk 6.98B parameters, input embedding 537M, codebook 5.2M (a full output layer: 537M).
-For 64 devices or more; with fewer, split the batch: --config.train.grad_accumulation=8.
+Trunk 6.98B parameters, input embedding 537M, codebook 4.2M, a bias and a scale per
+token 0.27M (a full output layer: 537M). For 64 devices or more; with fewer, split the batch:
+--config.train.grad_accumulation=8.
 """
 
 from vqcx_jax.config import schema
@@ -18,7 +19,7 @@ def get_config() -> schema.Config:
             head_dim=128,
             mlp_dim=14_336,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=1280, assignment="frequency"),
+            head=schema.ClassVQHead(num_codes=1024),
             dtype="bfloat16",
             remat="full",
         ),

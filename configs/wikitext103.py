@@ -1,6 +1,7 @@
 """WikiText-103 with a BPE of 32,768 tokens (word level would need 267,735): 655M tokens.
 
-Trunk 25.7M parameters, input embedding 16.8M, codebook 0.2M (a full output layer: 16.8M).
+Trunk 25.7M parameters, input embedding 16.8M, codebook 0.1M, a bias and a scale per
+token 0.07M (a full output layer: 16.8M).
 """
 
 from vqcx_jax.config import schema
@@ -17,7 +18,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=1408,
             attention=schema.ComplexAttention(),
-            head=schema.VQHead(num_codes=384, assignment="frequency"),
+            head=schema.ClassVQHead(),
             dtype="bfloat16",
         ),
         data=schema.Data(

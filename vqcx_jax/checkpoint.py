@@ -7,7 +7,7 @@ run        JSON: the resolved config, the tokenizer, the corpus
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +88,30 @@ def load_parameter(directory: Path, step: int, name: str) -> np.ndarray:
     Raises:
         CheckpointError: it cannot be read, or has no such parameter.
     """
-    path, name = directory / str(step), f"params/{name}"
+    name = f"params/{name}"
+    arrays = load_arrays(directory, step, {name})
+    if name not in arrays:
+        path = directory / str(step)
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: no array {name!r}")
+    return arrays[name]
+
+
+def load_arrays(directory: Path, step: int, names: Set[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that are there, "buffers/head/assignment" for example.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = directory / str(step)
     with _reading(path):
         saved = ocp.metadata(path, checkpointable_name="model").metadata
-        if name not in _shapes(saved):
-            raise KeyError(f"no array {name!r}")
         wanted = jax.tree_util.tree_map_with_path(
-            lambda at, x: np.empty(x.shape, x.dtype) if _name(at) == name else ocp.PLACEHOLDER,
+            lambda at, x: np.empty(x.shape, x.dtype) if _name(at) in names else ocp.PLACEHOLDER,
             saved,
         )
         loaded = ocp.load_checkpointables(path, {"model": wanted})["model"]
-    return next(x for at, x in jax.tree_util.tree_leaves_with_path(loaded) if _name(at) == name)
+    leaves = jax.tree_util.tree_leaves_with_path(loaded)
+    return {_name(at): x for at, x in leaves if _name(at) in names}
 
 
 def check_architecture(path: Path, model: Tree) -> None:

@@ -86,6 +86,62 @@ def _streamed(num_codebooks: int, num_codes: int, product_dtype: str, has_scale:
     )
 
 
+def _classes(implementation: str, product_dtype: str) -> Case:
+    """The default head: 16 codebooks of 64, 1432 frequent tokens and as many classes of <= 256."""
+    from vqcx_jax.ops.codebook import classes
+
+    num_codebooks, num_codes, num_classes, num_ranks = 16, 64, 1432, 256
+    num_nodes = V + num_classes
+
+    def loss(
+        h: jax.Array,
+        codebooks: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        codes: jax.Array,
+        tokens: tuple[jax.Array, ...],
+        targets: jax.Array,
+    ) -> jax.Array:
+        weights = classes.Weights(codebooks, codes, scale, bias)
+        nll = classes.nll(
+            h,
+            weights,
+            classes.Classes(*tokens),
+            targets,
+            implementation=implementation,
+            product_dtype=product_dtype,
+        )
+        return jnp.sum(nll)
+
+    # At most: as if each class occurred. A class that does not has no tile.
+    tiles = N // 16 + num_classes
+    kernels = [
+        Kernel("vqcx_members_forward", {chip: (tiles,) for chip in TOPOLOGIES}),
+        Kernel("vqcx_members_backward", {chip: (tiles,) for chip in TOPOLOGIES}),
+    ]
+    tokens = [
+        ((2 * num_classes,), "int32"),
+        ((V,), "int32"),
+        ((num_classes, num_ranks), "int32"),
+        ((V,), "int32"),
+    ]
+    return Case(
+        lambda h, codebooks, scale, bias, codes, *rest: jax.value_and_grad(loss, (0, 1, 2, 3))(
+            h, codebooks, scale, bias, codes, rest[:-1], rest[-1]
+        ),
+        [
+            ((N, D), "bfloat16"),
+            ((num_codebooks, num_codes, D // num_codebooks), "bfloat16"),
+            ((num_nodes,), "float32"),
+            ((num_nodes,), "float32"),
+            ((num_nodes, num_codebooks), "int32"),
+            *tokens,
+            ((N,), "int32"),
+        ],
+        kernels if implementation == "pallas_tpu" else [],
+    )
+
+
 def _tokamax() -> Case:
     def loss(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
         import tokamax
@@ -117,5 +173,8 @@ CASES: dict[str, Case] = {
     "log_z 16x16": _streamed(16, 16, "bfloat16", False),
     "log_z 16x16, scales": _streamed(16, 16, "bfloat16", True),
     "log_z 16x16, float32": _streamed(16, 16, "float32", False),
+    "classes 16x64": _classes("pallas_tpu", "bfloat16"),
+    "classes 16x64, float32": _classes("pallas_tpu", "float32"),
+    "classes 16x64, XLA": _classes("xla", "float32"),
     "full, tokamax": _tokamax(),
 }

@@ -31,16 +31,50 @@ def test_encoded_documents_end_and_are_not_blank(source):
     first, second = encoded_documents(ByteTokenizer(), source)
     assert first.tolist() == [*b"aab", 256] and first.dtype == np.int32
     assert second.tolist() == [*"é b".encode(), 256]
-    assert len(list(encoded_documents(ByteTokenizer(), source, 2))) == 1
 
 
-def test_limit_is_of_documents_in_the_source(source):
-    assert token_counts(ByteTokenizer(), source, 2)[256] == 1
+class Unending:
+    """Documents of four tokens, of which only those that begin before the limit may be read."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __len__(self):
+        return 10**12
+
+    def __getitem__(self, index):
+        assert 4 * index < self.limit, "read beyond the limit"
+        return Document(text="abc", name="")
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_limit_is_of_tokens(limit):
+    """A text longer than memory is read up to the limit, and the last document is cut there."""
+    documents = list(encoded_documents(ByteTokenizer(), Unending(limit), limit))
+    assert np.concatenate(documents).tolist() == ([*b"abc", 256] * 3)[:limit]
+    assert [len(document) for document in documents[:-1]] == [4] * (len(documents) - 1)
+    assert token_counts(ByteTokenizer(), Unending(limit), limit).sum() == limit
+
+
+def test_limit_beyond_the_text_changes_nothing(source):
+    unlimited = list(encoded_documents(ByteTokenizer(), source))
+    for limit in (9, 10, 1000):  # The text has 9 tokens.
+        limited = list(encoded_documents(ByteTokenizer(), source, limit))
+        assert [x.tolist() for x in limited] == [x.tolist() for x in unlimited]
 
 
 def test_units(source):
     assert count_units(source) == Units(documents=2, words=3, bytes=7)
     assert count_units(source, 2) == Units(documents=1, words=1, bytes=3)
+
+
+def test_counts_of_another_limit_are_others(tmp_path, source):
+    corpus = Corpus("c", "one", {"train": source})
+    counts = [
+        cached_token_counts(ByteTokenizer(), corpus, tmp_path, limit).sum()
+        for limit in (None, 3, 5, None)
+    ]
+    assert counts == [9, 3, 5, 9]
 
 
 def test_counts_are_kept(tmp_path, source):

@@ -12,9 +12,11 @@ import pytest
 from tiny_run import save_checkpoint, tiny_config
 
 import vqcx_jax
-from vqcx_jax import cli
+from vqcx_jax import cli, data
 from vqcx_jax.config import apply_overrides, to_json
 from vqcx_jax.maps import TokenMap, __main__
+from vqcx_jax.maps.from_vectors import Options, map_from_vectors
+from vqcx_jax.maps.vectors import cooccurrence_vectors
 from vqcx_jax.nn.build import build_model
 from vqcx_jax.training.setup import prepare
 
@@ -105,13 +107,43 @@ def test_provenance(
         "num_contexts": 20_000,
     }
     assert provenance["corpus"]["name"] == "text_files" and provenance["corpus"]["fingerprint"]
+    assert provenance["count_tokens"] == 20_000_000
     assert {"tokenizer", "date", "distortion"} <= provenance.keys()
-    # Vectors of another width than the model's give codes, not what to start from.
-    assert "--config.model.head.code_init=random" in next_command(capsys.readouterr().out)
+    # Narrower vectors than the model's are widened.
+    assert token_map.codebooks is not None and token_map.codebooks[0].shape == (8, 16 // 4)
+    assert "--config.model.head.code_init=centroids" in next_command(capsys.readouterr().out)
     before = path.read_bytes()
     again, _ = command(monkeypatch, config_file, *PRODUCT, "--seed=4", "--overwrite=true")
     assert path.read_bytes() != before
     assert again.provenance["seed"] == 4
+
+
+def test_wider_vectors_than_the_models_give_codes_alone(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token_map, _ = command(monkeypatch, config_file, *PRODUCT, "--dim=20")
+    assert token_map.codebooks is not None and token_map.codebooks[0].shape == (8, 20 // 4)
+    assert "--config.model.head.code_init=random" in next_command(capsys.readouterr().out)
+
+
+def test_only_the_first_tokens_are_counted(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited, _ = command(monkeypatch, config_file, *PRODUCT, "--config.data.count_tokens=700")
+    setup = prepare(tiny_config(tmp_path), tmp_path / "run", None)
+    documents, left = [], 700
+    for document in data.encoded_documents(setup.tokenizer, setup.corpus.split("train")):
+        documents.append(document[:left])
+        left -= len(documents[-1])
+    assert len(documents[-1]) == 0  # There is text behind the limit.
+    expected = map_from_vectors(
+        cooccurrence_vectors(documents, 264, 16),
+        np.bincount(np.concatenate(documents), minlength=264),
+        Options(method="product", num_codebooks=4, num_codes=8),
+        seed=0,
+    )
+    np.testing.assert_array_equal(limited.codes, expected.codes)
+    assert limited.provenance["count_tokens"] == 700
 
 
 def test_own_overrides_are_kept(

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vqcx_jax.ops import device, dispatch
-from vqcx_jax.ops.codebook import scatter, streaming
+from vqcx_jax.ops import device, dispatch, flash_attention
+from vqcx_jax.ops.codebook import classes, scatter, streaming
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+EACH_CHIP_IN_FLOAT32 = [*((chip, "float32") for chip in TOPOLOGIES), ("v5p", "bfloat16")]
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 
 
@@ -50,19 +51,37 @@ def logits(dtype: str, *arrays: Any) -> Any:
 OPERATIONS: dict[str, Callable[..., Any]] = {"log_z": log_z, "logits": logits}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
-    """Forward and backward; in float32 on four chips, each with its share of the positions."""
+def mesh_of(chip: str, num_chips: int) -> jax.sharding.Mesh:
     from jax.experimental import topologies
 
-    num_chips = 4 if dtype == "float32" else 1
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
     explicit = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.make_mesh(
-        (num_chips,), ("data",), devices=topology.devices[:num_chips], axis_types=explicit
+    return jax.make_mesh((num_chips,), ("data",), devices=devices[:num_chips], axis_types=explicit)
+
+
+def compile_for(function: Any, *arguments: Any) -> Any:
+    """Compiles; asserts that it was kernels that were traced, and for what."""
+    with dispatch.record() as traced:
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+    assert {name for _, name in traced} == {"pallas_tpu"}
+    compiled = lowered.compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 2
+    return compiled
+
+
+def abstract(shape: tuple[int, ...], dtype: str, spec: Any = None) -> jax.ShapeDtypeStruct:
+    """On the current mesh."""
+    sharding = jax.sharding.NamedSharding(
+        jax.sharding.get_mesh(), spec or jax.P(*[None] * len(shape))
     )
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(("chip", "dtype"), EACH_CHIP_IN_FLOAT32)
+def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
+    """Forward and backward; in float32 on four chips, each with its share of the positions."""
+    num_chips = 4 if dtype == "float32" else 1
     run = functools.partial(OPERATIONS[operation], dtype)
 
     def loss(*arrays: Any) -> jax.Array:
@@ -70,20 +89,76 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         result = jax.shard_map(run, in_specs=(rows, whole, whole, whole), out_specs=rows)(*arrays)
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(result))
 
-    def abstract(shape: tuple[int, ...], dtype: str, spec: Any) -> jax.ShapeDtypeStruct:
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-
-    with jax.set_mesh(mesh), dispatch.record() as traced:
+    with jax.set_mesh(mesh_of(chip, num_chips)):
         assert device.current() == device.Device("tpu", chip)
-        arguments = (
+        compiled = compile_for(
+            jax.value_and_grad(loss, (0, 2, 3)),
             (abstract((N, K), "float32", jax.P("data", None)),) * M,
-            abstract((V, M), "int32", jax.P(None, None)),
-            *[abstract((V,), "float32", jax.P(None))] * 2,
+            abstract((V, M), "int32"),
+            abstract((V,), "float32"),
+            abstract((V,), "float32"),
         )
-        traced_loss = jax.jit(jax.value_and_grad(loss, (0, 2, 3))).trace(*arguments)
-        compiled = traced_loss.lower(lowering_platforms=("tpu",)).compile()
-    assert {name for _, name in traced} == {"pallas_tpu"}
-    assert compiled.as_text().count("tpu_custom_call") >= 2
     if operation == "log_z":  # Never N V logits.
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * V / num_chips / 4
+
+
+@pytest.mark.parametrize(("chip", "dtype"), EACH_CHIP_IN_FLOAT32)
+def test_classes(chip: str, dtype: str) -> None:
+    """The loss of product codes in classes; never N R M numbers, R the members of a class."""
+    num_codebooks, num_codes, dim, num_classes, num_ranks = 4, 40, 64, 50, 130
+
+    def loss(h: Any, codebooks: Any, scale: Any, bias: Any, codes: Any, *rest: Any) -> jax.Array:
+        weights = classes.Weights(codebooks, codes, scale, bias)
+        *tokens, targets = rest
+        nll = classes.nll(h, weights, classes.Classes(*tokens), targets, product_dtype=dtype)
+        return jnp.sum(nll)
+
+    with jax.set_mesh(mesh_of(chip, 1)):
+        nodes = V + num_classes
+        compile_for(
+            jax.value_and_grad(loss, (0, 1, 2, 3)),
+            abstract((N, dim), dtype),
+            abstract((num_codebooks, num_codes, dim // num_codebooks), dtype),
+            abstract((nodes,), "float32"),
+            abstract((nodes,), "float32"),
+            abstract((nodes, num_codebooks), "int32"),
+            abstract((60 + num_classes,), "int32"),
+            abstract((V,), "int32"),
+            abstract((num_classes, num_ranks), "int32"),
+            abstract((V,), "int32"),
+            abstract((N,), "int32"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("chip", "width"), [("v5e", 64), ("v5p", 128), ("v6e", 256), ("tpu7x", 128)]
+)
+def test_flash_attention(chip: str, width: int) -> None:
+    """Ragged, grouped, with everything that there is."""
+    length, num_heads, num_kv_heads = 1500, 4, 2
+    planes = (num_kv_heads, width // 2)
+
+    def loss(q: Any, k: Any, v: Any, phases: Any, positions: Any, segment_ids: Any) -> jax.Array:
+        y = flash_attention.attend(
+            q,
+            k,
+            v,
+            **phases,
+            positions=positions,
+            segment_ids=segment_ids,
+            scale=0.1,
+            window=1000,
+            soft_cap=50.0,
+        )
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh_of(chip, 1)):
+        phases = {
+            "frequencies": abstract(planes, "float32"),
+            "delta": abstract(planes, "float32"),
+            "bias": abstract((num_heads, width // 2), "float32"),
+        }
+        ids = abstract((1, length), "int32")
+        kv = abstract((1, length, num_kv_heads, width), "bfloat16")
+        q = abstract((1, length, num_heads, width), "bfloat16")
+        compile_for(jax.value_and_grad(loss, (0, 1, 2, 3)), q, kv, kv, phases, ids, ids)

@@ -13,7 +13,7 @@ from tiny_run import save_checkpoint, tiny_config, write_documents
 
 from vqcx_jax.data import tokenizer_fingerprint
 from vqcx_jax.errors import CheckpointError, DataError, UserError
-from vqcx_jax.maps import TokenMap
+from vqcx_jax.maps import TokenMap, widths
 from vqcx_jax.nn.build import build_model
 from vqcx_jax.nn.heads.frequency_order import paths_of
 from vqcx_jax.training.setup import Setup, prepare
@@ -280,6 +280,60 @@ def test_heads_that_start_from_cooccurrence(
         assert len(set(first.token_map.codes[:, 0])) == 9
         np.testing.assert_array_equal(model.head.codes[...], first.token_map.codebooks[0])
         np.testing.assert_array_equal(first.token_map.codes, second.token_map.codes)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"kind": "full", "start": "cooccurrence"},
+        {"assignment": "cooccurrence", "code_init": "centroids", "num_codes": "9"},
+        {"kind": "class_vq", "num_codes": "9", "num_codebooks": "4"},
+    ],
+    ids=["full", "vq", "class_vq"],
+)
+def test_models_wider_than_vectors_from_cooccurrence(
+    corpus: Path, tmp_path: Path, head: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D = 320 in a vocabulary of 264: no 320 singular vectors exist, nor are they needed."""
+    monkeypatch.setattr(widths, "_MAX_RANK", 8)
+    changes = {f"model__head__{name}": value for name, value in head.items()}
+    config = tiny_config(corpus, **changes, model__embed_dim="320")
+    setup = prepare(config, tmp_path, None)
+    assert setup.token_map is not None
+    model = build_model(setup.config, setup.token_map, jax.random.key(0))
+    if head.get("kind") == "full":
+        vectors = np.asarray(model.head.weights[...])
+        assert vectors.shape == (264, 320)
+        assert np.linalg.matrix_rank(vectors) == 8
+    elif head.get("kind") == "class_vq":
+        vectors = np.asarray(model.head.codebooks[...])
+        assert vectors.shape == (4, 9, 80)
+    else:
+        vectors = np.asarray(model.head.codes[...])
+        assert vectors.shape == (9, 320)
+    assert np.all(np.any(vectors, axis=-2))  # Every dimension is used from the beginning.
+
+
+def test_what_is_counted_is_part_of_what_is_kept(corpus: Path, tmp_path: Path) -> None:
+    """A map of the first tokens must not be taken for one of all of the text."""
+    head = {"kind": "class_vq", "num_codes": "9", "num_codebooks": "4"}
+    changes = {f"model__head__{name}": value for name, value in head.items()}
+    changes["data__cache_dir"] = str(tmp_path / "cache")
+
+    def made(limit: str) -> Setup:
+        return prepare(tiny_config(corpus, **changes, data__count_tokens=limit), tmp_path, None)
+
+    few, beyond, everything = made("300"), made("1000000"), made("none")
+    assert few.token_counts is not None and few.token_counts.sum() == 300
+    assert beyond.token_counts is not None and everything.token_counts is not None
+    np.testing.assert_array_equal(beyond.token_counts, everything.token_counts)
+    maps = [setup.token_map for setup in (few, beyond, everything)]
+    assert all(token_map is not None for token_map in maps)
+    arrays = [token_map.to_arrays() for token_map in maps if token_map is not None]
+    assert np.any(arrays[0]["codes"] != arrays[1]["codes"])
+    for name, array in arrays[1].items():
+        np.testing.assert_array_equal(array, arrays[2][name])
+    assert len(list((tmp_path / "cache/token_maps").iterdir())) == 3
 
 
 def test_other_sizes_of_classes_are_another_map(corpus: Path, tmp_path: Path) -> None:

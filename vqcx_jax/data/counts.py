@@ -1,5 +1,6 @@
 """Statistics of documents: how often each token occurs, how many words and bytes there are."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -41,7 +42,7 @@ def token_counts(tokenizer: Tokenizer, source: Source, limit: int | None = None)
     Args:
         tokenizer: gives the tokens.
         source: the documents.
-        limit: take only the first so many. None: all.
+        limit: count only the first so many tokens. None: all.
 
     Returns:
         int64[vocab_size].
@@ -57,11 +58,17 @@ def encoded_documents(
 ) -> Iterator[np.ndarray]:
     """The targets of training, int32 (n,) a document: its tokens and its end.
 
+    No document is read once there are `limit` tokens; the last one is cut there.
+
     Args:
         tokenizer, source, limit: see `token_counts`.
     """
-    for document in _scored(source, limit):
-        yield np.append(tokenizer.encode(document["text"]), np.int32(tokenizer.eos_id))
+    left = math.inf if limit is None else limit
+    documents = _scored(source, None)
+    while left > 0 and (document := next(documents, None)) is not None:
+        tokens = np.append(tokenizer.encode(document["text"]), np.int32(tokenizer.eos_id))
+        yield tokens if len(tokens) <= left else tokens[: int(left)]
+        left -= len(tokens)
 
 
 def cached_token_counts(
@@ -81,7 +88,7 @@ def cached_token_counts(
         vocab_size: of the model, which may have more tokens than the tokenizer (none of them
             occurs). None: the tokenizer's.
     """
-    key = content_key([corpus.fingerprint, tokenizer.to_json(), limit])
+    key = content_key([corpus.fingerprint, tokenizer.to_json(), {"tokens": limit}])
     counts = cached_json(
         cache_dir / "token_counts" / f"{key}.json",
         lambda: token_counts(tokenizer, corpus.split("train"), limit).tolist(),

@@ -1,4 +1,7 @@
-"""Makes a token map: python -m vqcx_jax.maps --config=configs/NAME.py --output=map.npz ..."""
+"""Makes a token map: python -m vqcx_jax.maps --config=configs/NAME.py --output=map.npz ...
+
+Or writes that of a run: python -m vqcx_jax.maps --from_run=DIR --output=map.npz
+"""
 
 import dataclasses
 import datetime
@@ -17,8 +20,10 @@ from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.errors import UserError
 from vqcx_jax.maps import describe
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
+from vqcx_jax.maps.run_map import run_map
 from vqcx_jax.maps.run_vectors import head_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
+from vqcx_jax.maps.widths import rank_for, widen_map
 
 # Fields of the head that must be as the map is, besides its path.
 _SET_BY_MAP = {
@@ -39,11 +44,15 @@ _SET_BY_MAP = {
 class Flags:
     """Makes a token map for a VQ head: tokens with near vectors share codes.
 
-    Text, tokenizer and embed_dim are those of the configuration.
+    Text, tokenizer and embed_dim are those of the configuration; of a long text the first
+    --config.data.count_tokens tokens are counted.
     """
 
-    config: Annotated[str, "configuration file"]
     output: Annotated[str, "file to write, .npz"]
+    config: Annotated[str | None, "configuration file; needed without from_run"] = None
+    from_run: Annotated[
+        str | None, "write the codes that this run has ended with; takes no config"
+    ] = None
     method: Annotated[
         Literal["kmeans", "residual", "product"],
         "kmeans: one codebook; residual: several for form=additive; product: for form=product",
@@ -61,7 +70,9 @@ class Flags:
     rotate: Annotated[bool, "product: learn a rotation first"] = False
     classes: Annotated[NonNegative, "product: put tokens into so many classes, for class_vq"] = 0
     frequent: Annotated[NonNegative, "with classes: most frequent tokens that are in none"] = 0
-    dim: Annotated[Positive | None, "cooccurrence: width; none: embed_dim"] = None
+    dim: Annotated[
+        Positive | None, "cooccurrence: width, widened to embed_dim; none: that, up to 512"
+    ] = None
     window: Annotated[Positive, "cooccurrence: tokens on each side"] = 4
     num_contexts: Annotated[Positive, "cooccurrence: most frequent tokens as contexts"] = 20_000
     seed: Annotated[NonNegative, "same seed, same map"] = 0
@@ -69,32 +80,64 @@ class Flags:
 
 
 def main() -> None:
-    """Reads the text, makes the map, writes it and says what it is."""
+    """Makes the map, or takes that of a run, writes it and says what it is."""
     flags, overrides = cli.parse_args(Flags, sys.argv[1:])
-    config = apply_overrides(load_config(flags.config), overrides)
+    if flags.from_run is not None:
+        _export(flags, flags.from_run, overrides)
+    elif flags.config is not None:
+        _make(flags, flags.config, overrides)
+    else:
+        raise UserError("--config: is missing, must be given without --from_run")
+
+
+def _export(flags: Flags, from_run: str, overrides: list[tuple[str, str]]) -> None:
+    """Writes the map of a run."""
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if field.name not in {"from_run", "output", "overwrite"} and value != field.default:
+            raise UserError(f"--{field.name}={value!r}: must not be given with --from_run")
+    if overrides:
+        path, value = overrides[0]
+        raise UserError(f"--config.{path}={value!r}: must not be given with --from_run")
+    output = _output(flags)
+    made, head = run_map(Path(from_run).expanduser())
+    token_map = dataclasses.replace(made, provenance={**made.provenance, **_now()})
+    token_map.save(output)
+    print(
+        f"codes    {head.num_codebooks} x {head.num_codes} a token, for {token_map.vocab_size:,} "
+        f"tokens, of step {token_map.provenance['run']['step']}"
+    )
+    head = dataclasses.replace(
+        head, assignment="file", token_map=flags.output, code_init="centroids"
+    )
+    print("next: python train.py --config=CONFIG", shlex.join(_overrides(flags, head)))
+
+
+def _make(flags: Flags, config_path: str, overrides: list[tuple[str, str]]) -> None:
+    """Reads the text, makes the map and writes it."""
+    config = apply_overrides(load_config(config_path), overrides)
     config = validate(_with_head(config, flags))
     options = Options(
         **{field.name: getattr(flags, field.name) for field in dataclasses.fields(Options)}
     )
-    output = Path(flags.output).expanduser()
-    if output.is_dir():
-        raise UserError(f"--output={flags.output!r}: is a directory, must be a file")
-    if output.exists() and not flags.overwrite:
-        raise UserError(f"--output={flags.output!r}: exists; --overwrite=true replaces it")
+    output = _output(flags)
 
     cache_dir = data.cache_directory(config.data.cache_dir)
     corpus = data.open_corpus(config.data.dataset, cache_dir)
     tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
-    limit = config.data.count_documents
+    limit = config.data.count_tokens
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     counts = data.cached_token_counts(tokenizer, corpus, cache_dir, limit, vocab_size=vocab_size)
     vectors = _vectors(flags, config, corpus, tokenizer, vocab_size)
     made = map_from_vectors(vectors, counts, options, flags.seed)
-    sources = _sources(flags, vectors.shape[1], corpus, tokenizer)
+    width, embed_dim = vectors.shape[1], config.model.embed_dim
+    if flags.vectors == "cooccurrence" and width < embed_dim:
+        made, width = widen_map(made, embed_dim, _num_slices(flags)), embed_dim
+    sources = _sources(flags, vectors.shape[1], limit, corpus, tokenizer)
     token_map = dataclasses.replace(made, provenance={**made.provenance, **sources})
     token_map.save(output)
 
-    head, embed_dim = config.model.head, config.model.embed_dim
+    head = config.model.head
     assert isinstance(head, schema.VQHead | schema.ClassVQHead)
     print(
         describe(
@@ -107,9 +150,21 @@ def main() -> None:
         )
     )
     print(f"error    {token_map.provenance['distortion']:.2%} of the variance of the vectors")
-    if vectors.shape[1] == embed_dim:
+    if width == embed_dim:
         head = dataclasses.replace(head, code_init="centroids")
-    print("next:", shlex.join(["python", "train.py", *_arguments(flags, overrides, head)]))
+    given = [f"--config.{path}={value}" for path, value in overrides]
+    arguments = [f"--config={config_path}", *given, *_overrides(flags, head)]
+    print("next:", shlex.join(["python", "train.py", *arguments]))
+
+
+def _output(flags: Flags) -> Path:
+    """The file to write, which is not there yet or may be replaced."""
+    output = Path(flags.output).expanduser()
+    if output.is_dir():
+        raise UserError(f"--output={flags.output!r}: is a directory, must be a file")
+    if output.exists() and not flags.overwrite:
+        raise UserError(f"--output={flags.output!r}: exists; --overwrite=true replaces it")
+    return output
 
 
 def _with_head(config: schema.Config, flags: Flags) -> schema.Config:
@@ -139,9 +194,9 @@ def _vectors(
 ) -> np.ndarray:
     if flags.vectors == "cooccurrence":
         return cooccurrence_vectors(
-            data.encoded_documents(tokenizer, corpus.split("train"), config.data.count_documents),
+            data.encoded_documents(tokenizer, corpus.split("train"), config.data.count_tokens),
             vocab_size,
-            flags.dim or config.model.embed_dim,
+            flags.dim or rank_for(config.model.embed_dim, _num_slices(flags)),
             window=flags.window,
             num_contexts=flags.num_contexts,
         )
@@ -153,29 +208,41 @@ def _vectors(
     return load_vectors(path, vocab_size)
 
 
-def _sources(flags: Flags, width: int, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+def _num_slices(flags: Flags) -> int:
+    """Slices of the vectors that are widened each on its own, see `widths.widen`."""
+    return flags.num_codebooks if flags.method == "product" else 1
+
+
+def _sources(
+    flags: Flags, width: int, limit: int | None, corpus: Corpus, tokenizer: Tokenizer
+) -> dict[str, Any]:
     cooccurrence = {"window": flags.window, "num_contexts": flags.num_contexts}
     return {
         "vectors": {"source": flags.vectors, "dim": width}
         | (cooccurrence if flags.vectors == "cooccurrence" else {}),
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "count_tokens": limit,
         "tokenizer": data.tokenizer_fingerprint(tokenizer),
+        **_now(),
+    }
+
+
+def _now() -> dict[str, str]:
+    return {
         "vqcx_jax": vqcx_jax.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _arguments(
-    flags: Flags, overrides: list[tuple[str, str]], head: schema.VQHead | schema.ClassVQHead
-) -> list[str]:
-    """Flags of train.py for a run with this head."""
+def _overrides(flags: Flags, head: schema.VQHead | schema.ClassVQHead) -> list[str]:
+    """Flags of train.py that give a run this head."""
     of_head = [
         (f"model.head.{field.name}", str(getattr(head, field.name)).lower())
         for field in dataclasses.fields(head)
         if field.name in _SET_BY_MAP
     ]
-    settings = [*overrides, *of_head, ("model.head.token_map", flags.output)]
-    return [f"--config={flags.config}", *(f"--config.{path}={value}" for path, value in settings)]
+    settings = [*of_head, ("model.head.token_map", flags.output)]
+    return [f"--config.{path}={value}" for path, value in settings]
 
 
 if __name__ == "__main__":

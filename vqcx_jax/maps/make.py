@@ -15,6 +15,7 @@ from vqcx_jax.maps.fixed import by_frequency, contiguous_map, frequency_map, ran
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.token_map import TokenMap
 from vqcx_jax.maps.vectors import cooccurrence_vectors
+from vqcx_jax.maps.widths import rank_for, widen_map
 
 
 def make_map(
@@ -145,8 +146,11 @@ def _from_documents(
         # A damaged file is made again.
         with contextlib.suppress(DataError):
             return TokenMap.load(cached_at, vocab_size=len(counts))
-    vectors = cooccurrence_vectors(documents(), len(counts), embed_dim)
+    num_slices = options.num_codebooks if options.method == "product" else 1
+    rank = rank_for(embed_dim, num_slices)
+    vectors = cooccurrence_vectors(documents(), len(counts), rank)
     token_map = map_from_vectors(vectors, counts, options, seed=0)
+    token_map = widen_map(token_map, embed_dim, num_slices)
     if cached_at is not None:
         cached_at.parent.mkdir(parents=True, exist_ok=True)
         token_map.save(cached_at)

@@ -30,7 +30,8 @@ def cooccurrence_vectors(
     not occur have the vector 0.
 
     Args:
-        documents: int (n,) token ids each; contexts end where they do.
+        documents: int (n,) token ids each; contexts end where they do. All are kept in memory,
+            and pairs of token and context besides: some 100 bytes a token of text.
         vocab_size: V.
         dim: D.
         window: how far contexts reach.
@@ -83,7 +84,8 @@ def _count_pairs(
     documents: list[np.ndarray], contexts: np.ndarray, vocab_size: int, window: int
 ) -> scipy.sparse.csr_array:
     """Weighted pairs of token and context, (V, 2C): contexts before, then contexts behind."""
-    columns = np.full(vocab_size, -1, np.int64)
+    # Not int64, which the indices of the sum would then be too.
+    columns = np.full(vocab_size, -1, np.int32)
     columns[contexts] = np.arange(len(contexts))
     shape = vocab_size, 2 * len(contexts)
     total = scipy.sparse.csr_array(shape, dtype=np.float32)
@@ -108,7 +110,7 @@ def _chunked(documents: list[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarr
             continue
         chunk = documents[first:last]
         numbers = np.repeat(np.arange(len(chunk)), [len(document) for document in chunk])
-        yield np.concatenate(chunk), numbers
+        yield np.concatenate(chunk).astype(np.int32, copy=False), numbers
         first, size = last, 0
 
 

@@ -17,6 +17,7 @@ from vqcx_jax.data.cache import content_key
 from vqcx_jax.errors import CheckpointError
 from vqcx_jax.maps import TokenMap, log_shares, make_map, own_map
 from vqcx_jax.maps.vectors import cooccurrence_vectors
+from vqcx_jax.maps.widths import rank_for, widen
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.nn.heads import order_by_frequency
@@ -92,7 +93,7 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
 def _with_token_map(setup: Setup) -> Setup:
     config, model = setup.config, setup.config.model
     cache_dir = data.cache_directory(config.data.cache_dir)
-    limit, vocab_size = config.data.count_documents, model.known_vocab_size()
+    limit, vocab_size = config.data.count_tokens, model.known_vocab_size()
 
     def documents() -> Iterator[np.ndarray]:
         return data.encoded_documents(setup.tokenizer, setup.corpus.split("train"), limit)
@@ -100,7 +101,8 @@ def _with_token_map(setup: Setup) -> Setup:
     head = model.head
     vectors = None
     if isinstance(head, schema.FullHead) and head.start == "cooccurrence":
-        vectors = cooccurrence_vectors(documents(), vocab_size, model.embed_dim)
+        vectors = cooccurrence_vectors(documents(), vocab_size, rank_for(model.embed_dim))
+        vectors = widen(vectors, model.embed_dim)
     elif isinstance(head, schema.FullHead | schema.LowRankHead) and head.bias_init == "zeros":
         return setup
     counts = data.cached_token_counts(
@@ -113,7 +115,8 @@ def _with_token_map(setup: Setup) -> Setup:
     tokenizer = data.tokenizer_fingerprint(setup.tokenizer)
     sizes = [vocab_size, model.embed_dim]
     of_head = to_json(config)["model"]["head"]
-    made_from = [of_head, sizes, setup.corpus.fingerprint, tokenizer, limit]
+    text = [setup.corpus.fingerprint, tokenizer, {"tokens": limit}]
+    made_from = [of_head, sizes, *text]
     token_map = make_map(
         head,
         vocab_size=vocab_size,
@@ -135,7 +138,11 @@ def _with_biases(setup: Setup, token_map: TokenMap, counts: np.ndarray) -> Setup
 
 
 def _agreed(token_map: TokenMap) -> TokenMap:
-    """The map that process 0 has made: the others' may differ in the last digits, then in codes."""
+    """The map that process 0 has made.
+
+    Every process makes one, or reads it from its own cache: they then wait for each other no longer
+    than one takes, and maps may differ in the last digits, then in codes.
+    """
     if jax.process_count() == 1:
         return token_map
     arrays = token_map.to_arrays()

@@ -108,8 +108,9 @@ class Data:
     # Rows of seq_len tokens per optimizer step, over all processes and microbatches.
     batch_size: Positive = 16
     shuffle_seed: NonNegative = 0
-    # Training documents in which tokens are counted, for heads that need it. None: all.
-    count_documents: Positive | None = 100_000
+    # Tokens of the training text, from its start on, in which tokens and their neighbours are
+    # counted, for heads that need it. None: all, which have to fit into memory.
+    count_tokens: Positive | None = 20_000_000
     # Packed rows of one process that are shuffled together, so that a batch mixes documents.
     shuffle_rows: Positive = 1024
     # Documents that the loader reads ahead.

@@ -31,6 +31,13 @@ class TokenInfo(NamedTuple):
     table: tuple[jax.Array, ...]
 
 
+class Phases(NamedTuple):
+    """Frequencies, and delta and bias if there are, of `ops.flash_attention`; and their axes."""
+
+    arrays: tuple[jax.Array, ...]
+    axes: tuple[LogicalAxes, ...]
+
+
 class Encoding(nnx.Module):
     """How scores come to depend on positions: none of it, as it stands here (NoPE).
 
@@ -55,6 +62,10 @@ class Encoding(nnx.Module):
 
     def slopes(self) -> jax.Array | None:
         """Float32 (H,): the penalty per position of distance on the scores of each query head."""
+        return None
+
+    def phases(self) -> Phases | None:
+        """What turns raw queries and keys, for kernels that do it; None: something else does."""
         return None
 
     def info(self, segment_ids: jax.Array, positions: jax.Array) -> TokenInfo:

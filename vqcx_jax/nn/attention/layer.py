@@ -1,5 +1,6 @@
 """Self-attention, grouped-query, with a KV cache."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,15 @@ from vqcx_jax.nn.attention.make import make_encoding
 from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import attention as ops
-from vqcx_jax.sharding import LogicalAxes, block_index, constrain, einsum, per_device
+from vqcx_jax.ops import dispatch, flash_attention
+from vqcx_jax.sharding import (
+    LogicalAxes,
+    block_index,
+    constrain,
+    einsum,
+    mesh_axes,
+    per_device,
+)
 
 # Keys and values of whole rows, and their segments.
 _ALL_KEYS: LogicalAxes = ("batch", None, "heads", None)
@@ -114,11 +123,21 @@ class Attention(nnx.Module):
         if cache is not None and not self.causal:
             raise UserError("cache: must be None for causal=False, a cache holds what came before")
         info = info or self._one_document(x_BxTxD, cache_length)
-        q_BxTxHxd, k_BxTxKxd = self.queries_and_keys(x_BxTxD, info)
+        q_BxTxHxd, k_BxTxKxd = self._raw_queries_and_keys(x_BxTxD)
+        raw = (q_BxTxHxd, k_BxTxKxd)
+        q_BxTxHxd, k_BxTxKxd = self.encoding(*raw, info)
         v_BxTxKxd = self._project(self.v, x_BxTxD)
         if cache is None:
             cache = KVCache(k_BxTxKxd, v_BxTxKxd)
-            y_BxTxHxd = self.attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids)
+            encoded = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids)
+            implementations = {
+                dispatch.XLA: functools.partial(self.attend, *encoded),
+                dispatch.PALLAS_TPU: functools.partial(self._attend_raw, *raw, v_BxTxKxd, info),
+            }
+            asked = self.options.implementation
+            named = None if asked == "auto" else asked
+            order = flash_attention.api.ORDER
+            y_BxTxHxd = dispatch.run("Attention", implementations, named, order)
         else:
             y_BxTxHxd, cache = self._extend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, cache, cache_length)
         out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)
@@ -130,12 +149,7 @@ class Attention(nnx.Module):
         The scores are their dot products times `self.encoding.scale`, but for ALiBi's penalty and
         a soft-cap.
         """
-        q_BxTxHxd = self._project(self.q, x_BxTxD)
-        k_BxTxKxd = self._project(self.k, x_BxTxD)
-        if self.options.qk_norm:
-            q_BxTxHxd = ops.qk_norm(q_BxTxHxd, self.q_gain[...])
-            k_BxTxKxd = ops.qk_norm(k_BxTxKxd, self.k_gain[...])
-        return self.encoding(q_BxTxHxd, k_BxTxKxd, info)
+        return self.encoding(*self._raw_queries_and_keys(x_BxTxD), info)
 
     def attend(
         self,
@@ -169,6 +183,58 @@ class Attention(nnx.Module):
             bias=self._bias(num_tokens, num_tokens, 0, *self._slopes()[0]),
             soft_cap=self.options.logit_soft_cap,
         )
+
+    def _raw_queries_and_keys(self, x_BxTxD: jax.Array) -> QueriesAndKeys:
+        q_BxTxHxd = self._project(self.q, x_BxTxD)
+        k_BxTxKxd = self._project(self.k, x_BxTxD)
+        if self.options.qk_norm:
+            q_BxTxHxd = ops.qk_norm(q_BxTxHxd, self.q_gain[...])
+            k_BxTxKxd = ops.qk_norm(k_BxTxKxd, self.k_gain[...])
+        return q_BxTxHxd, k_BxTxKxd
+
+    def _attend_raw(
+        self, q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array, info: TokenInfo
+    ) -> jax.Array:
+        """`attend` by kernels that encode queries and keys themselves."""
+        phases = self.encoding.phases()
+        if phases is None:
+            kind = self.options.kind
+            raise dispatch.NotSupported(f"kind={kind}: kernels have complex, eulerformer and rope")
+        if mesh_axes("sequence", self.rules):
+            raise dispatch.NotSupported("the sequence is sharded: kernels need it whole")
+
+        def attend(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            segment_ids: jax.Array,
+            positions: jax.Array,
+            frequencies: jax.Array,
+            delta: jax.Array | None = None,
+            bias: jax.Array | None = None,
+        ) -> tuple[jax.Array]:
+            y = flash_attention.tpu.attend(
+                q,
+                k,
+                v,
+                frequencies=frequencies,
+                delta=delta,
+                bias=bias,
+                positions=positions,
+                segment_ids=segment_ids,
+                scale=self.encoding.scale,
+                causal=self.causal,
+                window=self.options.window,
+                soft_cap=self.options.logit_soft_cap,
+            )
+            return (y,)
+
+        axes = (HEADS, HEADS, HEADS, ROWS, ROWS, *phases.axes)
+        arrays = [constrain(x, a, self.rules) for x, a in zip(*phases, strict=True)]
+        (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
+            q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids, info.positions, *arrays
+        )
+        return y_BxTxHxd
 
     def _extend(
         self,

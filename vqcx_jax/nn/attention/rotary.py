@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.config import schema
-from vqcx_jax.nn.attention.base import HEADS, PER_HEAD, Encoding, QueriesAndKeys, TokenInfo
+from vqcx_jax.nn.attention.base import (
+    HEADS,
+    PER_HEAD,
+    Encoding,
+    Phases,
+    QueriesAndKeys,
+    TokenInfo,
+)
 from vqcx_jax.nn.layers import ROWS
-from vqcx_jax.nn.variables import Param, param
+from vqcx_jax.nn.variables import Param, logical_axes, param
 from vqcx_jax.ops import attention as ops
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
@@ -56,6 +63,16 @@ class RotaryEncoding(Encoding):
         function, trained = self._adapt()
         table = info.table or self._table(info.positions)
         return self._encode(function, q, k, table, *trained)
+
+    def phases(self) -> Phases | None:
+        """Frequencies, and the delta and the bias of complex attention."""
+        function, trained = self._adapt()
+        if function not in (ops.rope_queries_and_keys, ops.complex_queries_and_keys):
+            return None
+        frequencies = self.frequencies()
+        axes: LogicalAxes = PER_HEAD if frequencies.ndim == 2 else (None,)
+        adapt = (x[...] for x in trained)
+        return Phases((frequencies, *adapt), (axes, *(logical_axes(x) for x in trained)))
 
     def _adapt(self) -> Adapt:
         return ops.rope_queries_and_keys, ()

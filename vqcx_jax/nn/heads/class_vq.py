@@ -117,7 +117,7 @@ class ClassVQHead(NormalizedHead):
 
     def _nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: Any) -> jax.Array:
         weights, tokens = arrays
-        return classes.nll(h_BxTxD, weights, tokens, tokens_BxT)
+        return classes.nll(h_BxTxD, weights, tokens, tokens_BxT, product_dtype=self.dtype)
 
     def _log_probs(self, h_BxTxD: jax.Array, arrays: Any) -> jax.Array:
         return classes.log_probs(h_BxTxD, *arrays)

@@ -44,11 +44,11 @@ def logits(
     multi.check_assignment(code_logits, assignment)
     check_per_token("bias", bias, assignment.shape[0])
     check_per_token("scale", scale, assignment.shape[0])
-    arrays, options = (code_logits, assignment, bias, scale), {"soft_cap": soft_cap, "dtype": dtype}
+    arrays = (code_logits, assignment, bias, scale)
     implementations = {
-        dispatch.XLA: functools.partial(xla.logits, *arrays, **options),
+        dispatch.XLA: functools.partial(xla.logits, *arrays, soft_cap=soft_cap, dtype=dtype),
         dispatch.PALLAS_TPU: functools.partial(
-            tpu.logits, *arrays, **options, product_dtype=product_dtype
+            tpu.logits, *arrays, soft_cap=soft_cap, dtype=dtype, product_dtype=product_dtype
         ),
     }
     return dispatch.run("codebook.scatter.logits", implementations, implementation, _ORDER)

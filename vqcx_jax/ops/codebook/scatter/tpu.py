@@ -150,21 +150,21 @@ def _backward_kernel(
     d_bias_ref: Any,
     *d_scale_ref: Any,
 ) -> None:
-    group, block, tile = (pl.program_id(axis) for axis in range(3))
+    group, block, tile_index = (pl.program_id(axis) for axis in range(3))
 
-    @pl.when(tile == 0)
+    @pl.when(tile_index == 0)
     def _() -> None:
         d_l_ref[...] = jnp.zeros_like(d_l_ref)
 
-    @pl.when((tile == 0) & (block == 0))
+    @pl.when((tile_index == 0) & (block == 0))
     def _() -> None:
         for ref in (d_bias_ref, *d_scale_ref):
             ref[...] = jnp.zeros_like(ref)
 
     s_CxT = tpu_tiles.selection(tokens.codes, static.num_codes)
-    p, t, _ = static.tile
+    p, t = static.tile.positions, static.tile.tokens
     num_rows = static.shape[0] - (group * pl.num_programs(1) + block) * p
-    num_columns = static.shape[1] - tile * t
+    num_columns = static.shape[1] - tile_index * t
     d_bias_1xT = d_scale_1xT = jnp.zeros((1, t), jnp.float32)
     for rows in static.tile.rows():
         # What lies outside of the array is whatever it is, NaN included.
@@ -182,7 +182,7 @@ def _backward_kernel(
                 d_scale_1xT += jnp.sum(g_RxT * sums_RxT, axis=0, keepdims=True)
                 g_RxT = g_RxT * tokens.scale[...]
         d_l_ref[rows] += tpu_tiles.dot(g_RxT.astype(l_ref.dtype), s_CxT, transposed=True)
-    here = pl.ds(pl.multiple_of(tile * t, tpu_tiles.LANES), t)
+    here = pl.ds(pl.multiple_of(tile_index * t, tpu_tiles.LANES), t)
     d_bias_ref[:, here] += d_bias_1xT
     if d_scale_ref:
         d_scale_ref[0][:, here] += d_scale_1xT

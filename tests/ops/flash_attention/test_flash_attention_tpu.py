@@ -1,0 +1,234 @@
+"""The TPU kernels, in Pallas's interpreter of TPUs, against attention over turned queries and keys.
+
+The interpreter keeps blocks, semaphores and copies as a TPU does, and fills memory that nothing has
+written with NaN.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops import attention
+from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.flash_attention.tpu import BlockSizes, attend
+
+SMALL = BlockSizes(128, 128, 128, 128, sub_q=128, sub_kv_backward=128)
+
+
+class Case(NamedTuple):
+    """One problem; sizes as small as show all of blocks, heads and masks."""
+
+    length: int = 300
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    width: int = 64
+    value_width: int = 64
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
+    segments: bool = False
+    encoding: str = "complex"
+    blocks: BlockSizes = SMALL
+    batch: int = 1
+    zeros: bool = False
+    first_position: int = 0
+    races: bool = False
+
+
+CASES = {
+    "causal": Case(zeros=True, races=True, num_heads=1, num_kv_heads=1),
+    "rope": Case(
+        encoding="rope", length=256, width=128, value_width=128, num_heads=1, num_kv_heads=1
+    ),
+    "far_positions": Case(
+        first_position=40_000, length=128, encoding="rope", num_heads=1, num_kv_heads=1
+    ),
+    "groups_and_segments": Case(num_heads=2, num_kv_heads=1, batch=2, segments=True),
+    "group_of_three": Case(
+        num_heads=3, num_kv_heads=1, length=256, encoding="bias", value_width=128, races=True
+    ),
+    "window_and_soft_cap": Case(window=70, soft_cap=2.0, length=384, num_heads=1, num_kv_heads=1),
+    "both_sides": Case(causal=False, num_heads=1, num_kv_heads=1),
+    "window_on_both_sides": Case(
+        causal=False,
+        window=100,
+        length=400,
+        num_heads=1,
+        num_kv_heads=1,
+        blocks=BlockSizes(128, 256, 256, 128, sub_q=128, sub_kv_backward=128),
+    ),
+    "strips": Case(
+        blocks=BlockSizes(512, 512, 512, 512, sub_q=128, sub_kv_backward=256),
+        window=600,
+        length=1000,
+        num_heads=1,
+        num_kv_heads=1,
+    ),
+    "keys_in_chunks": Case(
+        blocks=BlockSizes(128, 128, 128, 128, 128, 128, cached_keys=128, chunk_keys=256),
+        length=400,
+        width=256,
+        num_heads=1,
+        num_kv_heads=1,
+    ),
+}
+
+
+def make(case: Case, dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays with gradients, and the others."""
+    keys = iter(jax.random.split(jax.random.key(len(repr(case))), 8))
+    b, t, p = case.batch, case.length, case.width // 2
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape)
+
+    arrays = {
+        "q": 2 * normal(b, t, case.num_heads, case.width).astype(dtype),
+        "k": normal(b, t, case.num_kv_heads, case.width).astype(dtype),
+        "v": normal(b, t, case.num_kv_heads, case.value_width).astype(dtype),
+        "frequencies": jnp.tile(attention.rope_frequencies(case.width), (case.num_kv_heads, 1)),
+    }
+    if case.encoding == "complex":
+        arrays["delta"] = 0.7 * normal(case.num_kv_heads, p)
+    if case.encoding in ("complex", "bias"):
+        arrays["bias"] = 0.5 * normal(case.num_heads, p)
+    if case.zeros:
+        arrays["q"] = arrays["q"].at[:, 3:150:7].set(0.0)
+        arrays["k"] = arrays["k"].at[:, 5::11].set(0.0).at[:, 6::11, :, : p // 2].set(0.0)
+    positions = jnp.broadcast_to(jnp.arange(t) + case.first_position, (b, t))
+    segment_ids = None
+    if case.segments:
+        cuts = jnp.array([[t // 3, t // 2], [150, 151]])[:b]
+        segment_ids = jnp.sum(positions[:, :, None] >= cuts[:, None], -1) + 1
+        first = jnp.where(
+            segment_ids == 1, 0, jnp.where(segment_ids == 2, cuts[:, :1], cuts[:, 1:])
+        )
+        positions = positions - first
+    return arrays, {"positions": positions, "segment_ids": segment_ids}
+
+
+def ours(case: Case, arrays: dict[str, Any], fixed: dict[str, Any]) -> jax.Array:
+    return attend(
+        **{"delta": None, "bias": None} | arrays | fixed,
+        scale=case.width**-0.5,
+        causal=case.causal,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        block_sizes=case.blocks,
+        interpret=pltpu.InterpretParams(detect_races=case.races),
+    )
+
+
+def definition(case: Case, arrays: dict[str, Any], fixed: dict[str, Any]) -> jax.Array:
+    """Float32 throughout, and queries and keys that are turned before they are multiplied."""
+    q, k, v = (arrays[name].astype(jnp.float32) for name in ("q", "k", "v"))
+    table = attention.rotary_table(fixed["positions"], arrays["frequencies"])
+    if case.encoding == "rope":
+        q, k = attention.rope_queries_and_keys(q, k, *table)
+    else:
+        ones = jnp.ones((case.num_kv_heads, case.width // 2))
+        q, k = attention.complex_queries_and_keys(
+            q, k, *table, arrays.get("delta", ones), arrays["bias"]
+        )
+    mask = jnp.ones((1, 1, case.length, case.length), bool)
+    if case.causal:
+        mask &= attention.causal_mask(case.length, case.length)
+    if case.window is not None:
+        mask &= attention.window_mask(case.length, case.length, case.window)
+    if fixed["segment_ids"] is not None:
+        mask &= attention.segment_mask(fixed["segment_ids"], fixed["segment_ids"])
+    with jax.default_matmul_precision("highest"):
+        return attention.attend(q, k, v, mask, scale=case.width**-0.5, soft_cap=case.soft_cap)
+
+
+def value_and_gradients(function: Any, case: Case, arrays: Any, fixed: Any) -> dict[str, Any]:
+    def run(arrays: dict[str, Any]) -> dict[str, Any]:
+        out, pull_back = jax.vjp(lambda arrays: function(case, arrays, fixed), arrays)
+        weight = jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype)
+        return {"out": out} | pull_back(weight)[0]
+
+    return jax.jit(run)(arrays)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_the_definition(name: str) -> None:
+    case = CASES[name]
+    arrays, fixed = make(case, jnp.float32)
+    actual = value_and_gradients(ours, case, arrays, fixed)
+    expected = value_and_gradients(definition, case, arrays, fixed)
+    for key, value in expected.items():
+        # Those by frequencies are sums of terms as large as the positions, that cancel.
+        tolerance = 1e-5
+        if key == "frequencies":
+            tolerance *= 3 + case.first_position / case.length
+        error = np.max(np.abs(actual[key] - value)) / np.max(np.abs(value))
+        assert error < tolerance, key
+
+
+@pytest.mark.parametrize("name", ["causal", "group_of_three"])
+def test_bfloat16_is_near_the_definition(name: str) -> None:
+    """As near as one rounding of turned queries and keys, and one of weights, leaves it."""
+    case = CASES[name]._replace(races=False)
+    arrays, fixed = make(case, jnp.bfloat16)
+    actual = value_and_gradients(ours, case, arrays, fixed)
+    expected = value_and_gradients(definition, case, arrays, fixed)
+    for key, value in expected.items():
+        assert actual[key].dtype == arrays.get(key, arrays["q"]).dtype
+        difference = np.asarray(actual[key], np.float32) - np.asarray(value, np.float32)
+        relative = np.linalg.norm(difference) / np.linalg.norm(np.asarray(value, np.float32))
+        assert relative < 0.01, key
+
+
+def test_padding_is_not_seen() -> None:
+    """A sequence alone and as the beginning of a longer one give the same."""
+    case = Case(length=300, num_heads=1, num_kv_heads=1)
+    arrays, fixed = make(case, jnp.float32)
+    short = {name: x[:, :170] if name in ("q", "k", "v") else x for name, x in arrays.items()}
+    alone = ours(case, short, {"positions": fixed["positions"][:, :170], "segment_ids": None})
+    np.testing.assert_allclose(alone, ours(case, arrays, fixed)[:, :170], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 100, 1, 64)}, "k, v: have 100 and 128 positions, must have the 128 of q"),
+        ({"k": (1, 128, 3, 64)}, "k, v: have 3 and 2 heads"),
+        ({"k": (1, 128, 2, 32)}, "k: is 32 wide, must be as wide as q, 64"),
+        ({"window": 0}, "window=0: must be at least 1"),
+        ({"block_sizes": BlockSizes(block_q=100)}, "block_q=100: must be a multiple of 128"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {name: jnp.zeros((1, 128, 2, 64)) for name in ("q", "k", "v")}
+    arguments |= {name: jnp.zeros(x) if isinstance(x, tuple) else x for name, x in change.items()}
+    with pytest.raises(UserError, match=message):
+        attend(
+            **arguments,
+            frequencies=jnp.ones(32),
+            delta=None,
+            bias=None,
+            positions=jnp.arange(128)[None],
+            segment_ids=None,
+            scale=1.0,
+        )
+
+
+def test_what_it_cannot_do() -> None:
+    narrow = jnp.zeros((1, 128, 2, 40))
+    with pytest.raises(NotSupported, match="q: is 40 wide, must be a multiple of 16"):
+        attend(
+            narrow,
+            narrow,
+            narrow,
+            frequencies=jnp.ones(20),
+            delta=None,
+            bias=None,
+            positions=jnp.arange(128)[None],
+            segment_ids=None,
+            scale=1.0,
+        )

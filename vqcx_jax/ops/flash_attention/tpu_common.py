@@ -1,0 +1,321 @@
+"""What the forward and the backward kernel share: settings, operands, scores."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, LANES, Kind, Plan, Visible
+from vqcx_jax.ops.flash_attention.transform import Planes
+
+LOG2_E = 1.4426950408889634
+# Of masked scores: finite, so that differences of two are not NaN.
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Queries and keys of a tile, multiples of 128; capped by the sequence's length.
+
+    Attributes:
+        block_q, block_kv: of the forward pass.
+        block_q_backward, block_kv_backward: of the backward pass.
+        sub_q: queries that the forward pass works on at a time within a tile, which they divide.
+        sub_kv_backward: keys that the backward pass works on at a time, likewise.
+        cached_keys: keys, with values, that stay in VMEM in the forward pass, counted as bfloat16
+            ones of width 128; longer sequences transform keys anew for each tile.
+        chunk_keys: keys of width 128 that the backward pass holds in VMEM with their gradients;
+            longer sequences go in chunks of as many.
+    """
+
+    block_q: int = 1024
+    block_kv: int = 1024
+    block_q_backward: int = 1024
+    block_kv_backward: int = 1024
+    sub_q: int = 256
+    sub_kv_backward: int = 256
+    cached_keys: int = 32768
+    chunk_keys: int = 8192
+
+
+def fit(blocks: BlockSizes, length: int) -> BlockSizes:
+    """Block sizes for a sequence of this length, which is padded to a multiple of the largest.
+
+    Raises:
+        UserError: a size is not a multiple of 128, does not divide the largest, or is not a
+            multiple of its part that is worked on at a time.
+    """
+    names = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
+    sizes = {}
+    for name in names:
+        size = getattr(blocks, name)
+        if size % LANES or size < 1:
+            raise UserError(f"{name}={size}: must be a multiple of {LANES}")
+        # As many blocks as it takes, and no larger than that many need be.
+        sizes[name] = pl.cdiv(pl.cdiv(length, pl.cdiv(length, size)), LANES) * LANES
+    largest = max(sizes.values())
+    for name, size in sizes.items():
+        if largest % size:
+            raise UserError(f"{name}={size}: must divide the largest block, {largest}")
+    subs = {
+        "sub_q": math.gcd(blocks.sub_q, sizes["block_q"]),
+        "sub_kv_backward": math.gcd(blocks.sub_kv_backward, sizes["block_kv_backward"]),
+    }
+    for name, size in subs.items():
+        if size % LANES:
+            raise UserError(f"{name}={getattr(blocks, name)}: must be a multiple of {LANES}")
+    return dataclasses.replace(blocks, **sizes, **subs)
+
+
+class Settings(NamedTuple):
+    """Static facts of one call."""
+
+    scale: float
+    soft_cap: float | None
+    visible: Visible
+    blocks: BlockSizes
+    interpret: Any
+
+    @property
+    def query_scale(self) -> float:
+        """Folded into turned queries: scores come out in powers of 2, or as tanh's argument."""
+        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+
+
+class Inputs(NamedTuple):
+    """Arrays of one call; B batch, H query heads, K key heads, T positions, P planes.
+
+    q (B, H, T, d), k (B, K, T, d), v (B, K, T, dv); positions, segment_ids int32 (B, 1, T);
+    omega, delta float32 (K, P, 1), bias float32 (H, P, 1).
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    omega: jax.Array
+    delta: jax.Array | None
+    bias: jax.Array | None
+
+
+class Operand(NamedTuple):
+    """An input or output of a kernel, by name."""
+
+    name: str
+    value: Any
+    block: tuple[int | None, ...]
+    index_map: Callable[..., tuple[Any, ...]]
+
+    @property
+    def spec(self) -> pl.BlockSpec:
+        """Its BlockSpec."""
+        return pl.BlockSpec(self.block, self.index_map)
+
+
+def call(
+    kernel: Callable[[dict[str, Any]], None],
+    name: str,
+    grid: tuple[int, int, int],
+    tables: Sequence[Any],
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    scratch: dict[str, Any],
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """A pallas_call whose kernel gets its references by name; the first grid axis is parallel."""
+    names = [operand.name for operand in (*inputs, *outputs)] + list(scratch)
+
+    def body(*refs: Any) -> None:
+        kernel(dict(zip(names, refs[len(tables) :], strict=True)) | {"tables": refs[: len(tables)]})
+
+    results = pl.pallas_call(
+        body,
+        name=name,
+        out_shape=[operand.value for operand in outputs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(tables),
+            grid=grid,
+            in_specs=[operand.spec for operand in inputs],
+            out_specs=[operand.spec for operand in outputs],
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=interpret,
+    )(*tables, *(operand.value for operand in inputs))
+    return dict(zip([operand.name for operand in outputs], results, strict=True))
+
+
+# Of the 64 MiB of the smallest VMEM among supported chips (tpu7x).
+VMEM_LIMIT = 60 * 2**20
+
+
+class Indices(NamedTuple):
+    """Of arrays' heads, from the grid: n counts batch and key heads, g the queries' group."""
+
+    num_kv_heads: int
+    group: int
+
+    def batch(self, n: Any) -> Any:
+        """Row of the batch."""
+        return jax.lax.div(n, self.num_kv_heads)
+
+    def kv_head(self, n: Any) -> Any:
+        """Key head."""
+        return jax.lax.rem(n, self.num_kv_heads)
+
+    def head(self, n: Any, g: Any) -> Any:
+        """Query head."""
+        return self.kv_head(n) * self.group + g
+
+
+def shape_like(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of an output that varies over the mesh axes of `shard_map` as `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """Product of matrices, accumulated in float32; float32 ones at full precision."""
+    is_wide = x.dtype == jnp.float32
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if is_wide else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def planes_of(refs: dict[str, Any], with_bias: bool) -> Planes:
+    """The parameters of the head at hand; keys have no bias."""
+    return Planes(
+        refs["omega"][...],
+        refs["delta"][...] if "delta" in refs else None,
+        refs["bias"][...] if with_bias and "bias" in refs else None,
+    )
+
+
+def for_chunks(size: int, body: Callable[[Any], None]) -> None:
+    """body(slice) for 256 positions at a time, or 128: enough at once to hide latencies."""
+    width = math.gcd(size, 2 * LANES)
+
+    def step(index: jax.Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(index * width, width), width))
+
+    jax.lax.fori_loop(0, size // width, step, None)
+
+
+def column(row: jax.Array) -> jax.Array:
+    """(1, n) to (n, LANES), every lane the same."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+class Rectangle(NamedTuple):
+    """A part of a tile that is worked on at once."""
+
+    first_query: int
+    num_queries: int
+    first_key: int
+    num_keys: int
+
+    @property
+    def queries(self) -> slice:
+        """Within the tile."""
+        return slice(self.first_query, self.first_query + self.num_queries)
+
+    @property
+    def keys(self) -> slice:
+        """Within the tile."""
+        return slice(self.first_key, self.first_key + self.num_keys)
+
+    def hidden(self, kind: Kind, visible: Visible) -> tuple[bool, bool]:
+        """Is some of it hidden, is all of it?"""
+        return kind.hides(visible, *self)
+
+
+def strips_of_queries(
+    kind: Kind, visible: Visible, block_q: int, block_kv: int, width: int
+) -> list[Rectangle]:
+    """The tile cut into strips of `width` queries, each with the range of keys that it sees."""
+    strips = []
+    for query in range(0, block_q, width):
+        seen = [
+            key
+            for key in range(0, block_kv, LANES)
+            if not kind.hides(visible, query, width, key, LANES)[1]
+        ]
+        if seen:
+            strips.append(Rectangle(query, width, seen[0], seen[-1] + LANES - seen[0]))
+    return strips
+
+
+def strips_of_keys(
+    kind: Kind, visible: Visible, block_q: int, block_kv: int, width: int
+) -> list[Rectangle]:
+    """The tile cut into strips of `width` keys, each with the range of queries that see it."""
+    strips = []
+    for key in range(0, block_kv, width):
+        seeing = [
+            query
+            for query in range(0, block_q, LANES)
+            if not kind.hides(visible, query, LANES, key, width)[1]
+        ]
+        if seeing:
+            strips.append(Rectangle(seeing[0], seeing[-1] + LANES - seeing[0], key, width))
+    return strips
+
+
+def masked(
+    scores: jax.Array,
+    at: Rectangle,
+    kind: Kind,
+    visible: Visible,
+    query_axis: int,
+    same_segment: jax.Array | None,
+) -> jax.Array:
+    """Scores with MASKED where the key is hidden from the query; `query_axis` is that of queries.
+
+    Lanes that show all are left alone.
+    """
+    if same_segment is not None:
+        scores = jnp.where(same_segment, scores, MASKED)
+    parts = []
+    for start in range(0, scores.shape[1], LANES):
+        part = scores[:, start : start + LANES]
+        if query_axis == 0:
+            within = at._replace(first_key=at.first_key + start, num_keys=LANES)
+        else:
+            within = at._replace(first_query=at.first_query + start, num_queries=LANES)
+        if within.hidden(kind, visible)[0]:
+            iota = jax.lax.broadcasted_iota
+            query = within.first_query + iota(jnp.int32, part.shape, query_axis)
+            key = within.first_key + iota(jnp.int32, part.shape, 1 - query_axis)
+            shown = []
+            if kind.offset is not None and visible.low is not None:
+                shown.append(query - key >= visible.low + kind.offset)
+            if kind.offset is not None and visible.high is not None:
+                shown.append(query - key <= visible.high + kind.offset)
+            if kind.limit is not None:
+                shown.append(key < kind.limit)
+            part = jnp.where(functools.reduce(jnp.logical_and, shown), part, MASKED)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=1)
+
+
+def for_kinds(plan: Plan, code: jax.Array, body: Callable[[Kind], None]) -> None:
+    """body(kind) for the kind of the tile at hand; one branch each."""
+    if len(plan.kinds) == 1:
+        body(plan.kinds[0])
+        return
+    for index, kind in enumerate(plan.kinds):
+        pl.when(code >> KIND_SHIFT == index)(functools.partial(body, kind))

@@ -1,0 +1,131 @@
+"""Phases of queries and keys inside a kernel, and the way back for gradients.
+
+Blocks are transposed, channels along sublanes and positions along lanes: the real and the imaginary
+parts of all planes are then whole registers for any head width, positions are one row, and what
+belongs to a plane is one column.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vqcx_jax.ops.attention.trig import arctan2, cos_sin
+
+# 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
+_TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
+
+
+class Planes(NamedTuple):
+    """What the planes of a head have, float32 (P, 1) each.
+
+    omega: radians per position. delta: Adapt's slope; None: 1, without arctangents. bias: radians;
+    None: 0.
+    """
+
+    omega: jax.Array
+    delta: jax.Array | None
+    bias: jax.Array | None
+
+
+class Turn(NamedTuple):
+    """What `turned` found out and `pull_back` needs, float32 (P, n) each.
+
+    cos, sin: of the phases after the turn. theta: of those before; None if it was not needed.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    theta: jax.Array | None
+
+
+class PhaseGradients(NamedTuple):
+    """Gradients by omega, delta and bias before the sum over positions, float32 (P, n) each."""
+
+    omega: jax.Array
+    delta: jax.Array | None
+    bias: jax.Array
+
+
+def turned(
+    x: jax.Array, positions: jax.Array, planes: Planes, scale: float = 1.0
+) -> tuple[jax.Array, Turn]:
+    """Scale mu exp(i (delta theta + bias + position omega)), as `encode.complex_queries_and_keys`.
+
+    Args:
+        x: float32 (d, n), raw queries or keys. positions: int32 (1, n).
+
+    Returns:
+        float32 (d, n), and the phases.
+    """
+    real, imag = _halves(x)
+    if planes.delta is None:
+        cos, sin = cos_sin(_position_phase(positions, planes))
+        y = jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos])
+        return (y if scale == 1.0 else scale * y), Turn(cos, sin, None)
+    radius, theta = _polar(real, imag)
+    cos, sin = cos_sin(planes.delta * theta + _position_phase(positions, planes))
+    if scale != 1.0:
+        radius = scale * radius
+    return jnp.concatenate([radius * cos, radius * sin]), Turn(cos, sin, theta)
+
+
+def pull_back(
+    x: jax.Array, positions: jax.Array, planes: Planes, turn: Turn, cotangent: jax.Array
+) -> tuple[jax.Array, PhaseGradients]:
+    """The gradient by x, and by the phases, of `turned` with scale 1. At 0 as in `euler`.
+
+    Args:
+        x, positions: as for `turned`. turn: what it returned. cotangent: float32 (d, n).
+
+    Returns:
+        float32 (d, n), and the gradients by phase parameters.
+    """
+    real, imag = _halves(x)
+    d_real, d_imag = _halves(cotangent)
+    along = turn.cos * d_real + turn.sin * d_imag
+    across = turn.cos * d_imag - turn.sin * d_real
+    positions = positions.astype(jnp.float32)
+    if planes.delta is None or turn.theta is None:
+        d_phase = real * across - imag * along
+        gradients = PhaseGradients(positions * d_phase, None, d_phase)
+        return jnp.concatenate([along, across]), gradients
+    # The unit vector of theta, by a division by the larger part first: squares of tiny numbers
+    # would be 0.
+    larger = jnp.maximum(jnp.abs(real), jnp.abs(imag))
+    is_tiny = larger < 1e-37
+    inverse = 1.0 / jnp.where(is_tiny, 1.0, larger)
+    cos_theta, sin_theta = jnp.where(is_tiny, 1.0, real * inverse), imag * inverse
+    square = cos_theta * cos_theta + sin_theta * sin_theta
+    shrink = jax.lax.rsqrt(square)
+    cos_theta, sin_theta = cos_theta * shrink, sin_theta * shrink
+    d_phase = larger * (square * shrink) * across
+    across = planes.delta * across
+    d_x = jnp.concatenate(
+        [cos_theta * along - sin_theta * across, sin_theta * along + cos_theta * across]
+    )
+    return d_x, PhaseGradients(positions * d_phase, turn.theta * d_phase, d_phase)
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    num_planes = x.shape[0] // 2
+    return x[:num_planes], x[num_planes:]
+
+
+def _position_phase(positions: jax.Array, planes: Planes) -> jax.Array:
+    """Bias + position omega, less whole turns: a phase added to 1e4 radians would lose its bits."""
+    angle = positions.astype(jnp.float32) * planes.omega
+    turns = jnp.round(angle * (1 / (2 * jnp.pi)))
+    for part in _TURN:
+        angle = angle - turns * part
+    return angle if planes.bias is None else angle + planes.bias
+
+
+def _polar(real: jax.Array, imag: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Radius and angle; the radius shares the quotient of `arctan2`."""
+    abs_real, abs_imag = jnp.abs(real), jnp.abs(imag)
+    larger = jnp.maximum(abs_real, abs_imag)
+    is_tiny = larger < 1e-37
+    t = jnp.where(is_tiny, 0.0, jnp.minimum(abs_real, abs_imag) / jnp.where(is_tiny, 1.0, larger))
+    square = 1.0 + t * t
+    return larger * (square * jax.lax.rsqrt(square)), arctan2(imag, real)
