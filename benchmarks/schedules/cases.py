@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+CORES = {"v5p": 2, "v6e": 1}  # Of a chip; schedules are of one of them.
 # Cycles a second: peak bfloat16 operations over twice the products of a bundle.
-CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7x": 1.75e9}
+CLOCK = {"v5p": 1.75e9, "v6e": 1.75e9}
 
 N, D, V = 8192, 2048, 128_256
+T, H, HEAD_DIM, BLOCK = 8192, 16, 128, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,8 @@ def _streamed(num_codebooks: int, num_codes: int, product_dtype: str, has_scale:
         )
         return jnp.sum(z)
 
-    # Setting up and finishing are for each block of 1024 positions; v5p has two cores.
-    once = {"v5e": 8, "v5p": 4, "v6e": 8, "tpu7x": 4}
+    # Setting up and finishing are for each block of 1024 positions.
+    once = {chip: N // 1024 // cores for chip, cores in CORES.items()}
     return Case(
         jax.value_and_grad(loss, (0, 2, 3)),
         [
@@ -169,12 +171,95 @@ def _tokamax() -> Case:
     )
 
 
+def _per_core(of_head: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Executions of all heads of a core, from those of one head."""
+    return {chip: tuple(H // cores * n for n in of_head) for chip, cores in CORES.items()}
+
+
+def _attention(is_complex: bool) -> Case:
+    """Raw queries and keys; causal, one document."""
+    from vqcx_jax.ops import flash_attention
+
+    def loss(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        frequencies: jax.Array,
+        delta: jax.Array,
+        bias: jax.Array,
+        positions: jax.Array,
+    ) -> jax.Array:
+        y = flash_attention.attend(
+            q,
+            k,
+            v,
+            frequencies=frequencies,
+            delta=delta if is_complex else None,
+            bias=bias if is_complex else None,
+            positions=positions,
+            segment_ids=None,
+            scale=HEAD_DIM**-0.5,
+            implementation="pallas_tpu",
+        )
+        return jnp.sum(y.astype(jnp.float32))
+
+    heads = ((1, T, H, HEAD_DIM), "bfloat16")
+    planes = ((H, HEAD_DIM // 2), "float32")
+    # Of a head: turning a block of queries or keys, tiles on the diagonal, full tiles, finishing.
+    n = T // BLOCK
+    full = n * (n - 1) // 2
+    return Case(
+        jax.grad(loss, (0, 1, 2, 4, 5)),
+        [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
+        [
+            Kernel("vqcx_flash_fwd", _per_core((n, n, n, full, n))),
+            Kernel("vqcx_flash_bwd", _per_core((n, n, n, full, n, n))),
+        ],
+    )
+
+
+def _splash() -> Case:
+    """JAX's splash attention, of queries and keys that are turned already."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        sizes = kernel.BlockSizes(
+            block_q=BLOCK,
+            block_kv=BLOCK,
+            block_kv_compute=BLOCK,
+            block_q_dkv=BLOCK,
+            block_kv_dkv=BLOCK,
+            block_kv_dkv_compute=BLOCK,
+            use_fused_bwd_kernel=True,
+        )
+        mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * H)
+        attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        return jnp.sum(attend(q, k, v).astype(jnp.float32))
+
+    heads = ((H, T, HEAD_DIM), "bfloat16")
+    n = T // BLOCK
+    of_head = (n, n * (n + 1) // 2, n)  # Beginning, every tile that is not hidden, finishing.
+    return Case(
+        jax.grad(loss, (0, 1, 2)),
+        [heads] * 3,
+        [
+            Kernel("splash_mha_fwd", _per_core(of_head)),
+            Kernel("splash_mha_dkv", _per_core(of_head)),
+        ],
+    )
+
+
 CASES: dict[str, Case] = {
     "log_z 16x16": _streamed(16, 16, "bfloat16", False),
     "log_z 16x16, scales": _streamed(16, 16, "bfloat16", True),
     "log_z 16x16, float32": _streamed(16, 16, "float32", False),
     "classes 16x64": _classes("pallas_tpu", "bfloat16"),
-    "classes 16x64, float32": _classes("pallas_tpu", "float32"),
     "classes 16x64, XLA": _classes("xla", "float32"),
     "full, tokamax": _tokamax(),
+    "attention, complex": _attention(True),
+    "attention, RoPE": _attention(False),
+    "attention, splash": _splash(),
 }

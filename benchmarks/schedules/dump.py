@@ -6,6 +6,7 @@ copies, count as if they always ran.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Attributes: loop (start, end) and its trips; regions inside; usage of units per bundle."""
+    """What a kernel's loop over its grid is made of.
+
+    Attributes:
+        loop: (start, end). trips: of it. regions: conditional ones inside of it.
+        units, capacity: names, and how many of each a bundle has. usage: of each bundle.
+        inner_loops: (start, end, trips).
+    """
 
     loop: tuple[int, int]
     trips: int
@@ -48,6 +55,18 @@ class Schedule:
     units: tuple[str, ...]
     capacity: tuple[int, ...]
     usage: tuple[tuple[int, ...], ...]
+    inner_loops: tuple[tuple[int, int, int], ...] = ()
+
+    def bundles(self, part: "Part") -> list[tuple[int, int]]:
+        """Addresses of a part, and how often each is issued when the part runs once."""
+        return [
+            (a, math.prod(trips for start, end, trips in self.inner_loops if start <= a < end))
+            for a in part.addresses()
+        ]
+
+    def length(self, part: "Part") -> int:
+        """Cycles of a part that runs once."""
+        return sum(times for _, times in self.bundles(part))
 
     def cycles(self, executions: Sequence[float]) -> tuple[float, list[Part]]:
         """Bundles times executions.
@@ -65,13 +84,17 @@ class Schedule:
             )
         parts = [Part(*self.loop, self.trips, self.regions)]
         parts += [Part(a, b, n) for (a, b), n in zip(self.regions, executions, strict=True)]
-        return sum(len(part.addresses()) * part.runs for part in parts), parts
+        return sum(self.length(part) * part.runs for part in parts), parts
 
     def busiest(self, parts: Sequence[Part]) -> tuple[str, float]:
         """The unit with the largest share of its slots in use, weighted as the cycles are."""
-        total = sum(len(part.addresses()) * part.runs for part in parts)
+        weight = dict.fromkeys(range(len(self.usage)), 0.0)
+        for part in parts:
+            for address, times in self.bundles(part):
+                weight[address] += part.runs * times
+        total = sum(weight.values())
         used = [
-            sum(part.runs * sum(self.usage[a][u] for a in part.addresses()) for part in parts)
+            sum(weight[a] * row[u] for a, row in enumerate(self.usage))
             for u in range(len(self.units))
         ]
         shares = {
@@ -109,8 +132,10 @@ def read(directory: Path, kernel: str) -> Schedule:
             starts.setdefault(region, address)
         for region in re.findall(r"Start/End empty region (\d+)", line):
             starts.setdefault(region, address)
+    loops = _loops(found[-1])
+    start, _, _ = min(loops)
     end, count = max(trips)
-    loop = (min(_loop_starts(found[-1])), end)
+    loop = (start, end)
     regions = [
         (at + _DELAY, starts[target])
         for at, target in branches
@@ -122,19 +147,40 @@ def read(directory: Path, kernel: str) -> Schedule:
         loop, count = step, count - 2
         regions = [(a, b) for a, b in regions if step[0] <= a and b <= step[1] and (a, b) != step]
     outermost = [r for r in regions if not any(_holds(other, r) for other in regions)]
+    inner = tuple(
+        (start, end, times)
+        for start, end, times in _loops(found[-1])
+        if loop[0] < start and end <= loop[1]
+    )
     units, capacity, usage = _usage(directory, kernel)
-    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage)
+    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage, inner)
 
 
 def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
     return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _loop_starts(path: Path) -> list[int]:
-    headers = re.findall(r"^\s*(0x[0-9a-f]+) LB", path.read_text(), re.MULTILINE)
-    if not headers:
+def _loops(path: Path) -> list[tuple[int, int, int]]:
+    """All loops: (start, end, trips), the inner ones of nested loops first."""
+    address, headers, tests = 0, [], []
+    starts: dict[str, int] = {}
+    ends: dict[int, int] = {}
+    for line in path.read_text().splitlines():
+        if match := _ADDRESS.match(line):
+            address = int(match.group(1), 16)
+        if re.match(r"\s*0x[0-9a-f]+ LB", line):
+            headers.append(address)
+        tests += [(headers.pop(), address, int(n)) for n in _TRIPS.findall(line) if headers]
+        for kind, region in re.findall(r"(Start|End) region (\d+)", line):
+            if kind == "Start":
+                starts[region] = address
+            elif region in starts:
+                start = starts[region]
+                ends[start] = max(address, ends.get(start, 0))
+    if not tests:
         raise ValueError(f"{path.name}: no loop")
-    return [int(address, 16) for address in headers]
+    # The test of a loop may come early in its body, which is a region that begins at its header.
+    return [(start, max(test, ends.get(start, 0)) + 1, trips) for start, test, trips in tests]
 
 
 def _usage(

@@ -96,9 +96,11 @@ def test_rotation_is_orthogonal_and_helps() -> None:
 
 
 def test_best_rotation_undoes_one() -> None:
-    square = np.random.default_rng(1).standard_normal((8, 8))  # Whichever tests ran before.
-    rotation = np.linalg.qr(square)[0].astype(np.float32)
-    found = quantize._best_rotation(VECTORS, VECTORS @ rotation, WEIGHTS)
+    rng = np.random.default_rng(1)
+    rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0].astype(np.float32)
+    # As large in all directions: a rotation among directions that hardly occur is hard to find.
+    vectors = rng.standard_normal((600, 8)).astype(np.float32)
+    found = quantize._best_rotation(vectors, vectors @ rotation, WEIGHTS)
     np.testing.assert_allclose(found, rotation, atol=1e-4)
 
 

@@ -24,8 +24,8 @@ from vqcx_jax.sharding import make_mesh
 
 # What has no weights: a model may have these otherwise than in training.
 OVERRIDABLE = (
-    "model.attention.implementation",
     "model.attention.window",
+    "model.attention.implementation",
     "model.attention.logit_soft_cap",
     "model.attention.extension",
     "model.attention.extension_factor",

@@ -21,12 +21,10 @@ from vqcx_jax.sharding import constrain, make_mesh
 
 WITH_KERNELS = (
     "complex",
-    "published",
     "complex_learned",
     "complex_window_soft_cap",
     "eulerformer",
     "eulerformer_planes_ntk",
-    "rope_0.75",
     "rope_learned_yarn",
 )
 
@@ -78,7 +76,8 @@ def test_sharded_over_rows_and_heads(axis_type: str, tpu: None) -> None:
     mesh = make_mesh({"data": 2, "tensor": 2}, axis_type, jax.devices()[:4])
     with jax.set_mesh(mesh):
         actual = results(layer("complex_learned", "pallas_tpu"), mesh)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - b).max() <= 4e-6 * np.abs(b).max()  # Sums are taken in another order.
 
 
 def test_kinds_without_a_kernel(tpu: None) -> None:
