@@ -13,6 +13,24 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Files that take long, the longest first: the last of them would keep one process busy alone.
+_LONG = (
+    "test_scripts.py",
+    "test_reassignment.py",
+    "test_flash_attention_tpu.py",
+    "test_sharding.py",
+    "test_reporting.py",
+    "test_tpu_compiles.py",
+    "test_loop.py",
+    "test_state.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file the order stays."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else 99)
+
+
 def _widen(x: Any) -> np.ndarray:
     is_float = jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
     return np.asarray(x, np.float64 if is_float else None)

@@ -11,12 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from versions import newest_jax
 
 from vqcx_jax.ops import device, dispatch, flash_attention
 from vqcx_jax.ops.codebook import classes, scatter, streaming
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-EACH_CHIP_IN_FLOAT32 = [*((chip, "float32") for chip in TOPOLOGIES), ("v5p", "bfloat16")]
+CHIPS_AND_DTYPES = [
+    ("v5p", "bfloat16"),
+    *(pytest.param(chip, "float32", marks=newest_jax) for chip in ("v5p", "v6e")),
+]
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 
 
@@ -77,7 +81,7 @@ def abstract(shape: tuple[int, ...], dtype: str, spec: Any = None) -> jax.ShapeD
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize(("chip", "dtype"), EACH_CHIP_IN_FLOAT32)
+@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
 def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
     """Forward and backward; in float32 on four chips, each with its share of the positions."""
     num_chips = 4 if dtype == "float32" else 1
@@ -101,7 +105,7 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * V / num_chips / 4
 
 
-@pytest.mark.parametrize(("chip", "dtype"), EACH_CHIP_IN_FLOAT32)
+@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
 def test_classes(chip: str, dtype: str) -> None:
     """The loss of product codes in classes; never N R M numbers, R the members of a class."""
     num_codebooks, num_codes, dim, num_classes, num_ranks = 4, 40, 64, 50, 130
@@ -130,7 +134,13 @@ def test_classes(chip: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chip", "width"), [("v5e", 64), ("v5p", 128), ("v6e", 256), ("tpu7x", 128)]
+    ("chip", "width"),
+    [
+        ("v5e", 64),
+        pytest.param("v5p", 128, marks=newest_jax),
+        pytest.param("v6e", 256, marks=newest_jax),
+        pytest.param("tpu7x", 128, marks=newest_jax),
+    ],
 )
 def test_flash_attention(chip: str, width: int) -> None:
     """Ragged, grouped, with everything that there is."""

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import records, tiny_config
+from versions import newest_jax
 
 from vqcx_jax import checkpoint
 from vqcx_jax.config import schema
@@ -16,6 +17,8 @@ from vqcx_jax.sharding import make_mesh
 from vqcx_jax.training import loop
 from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import prepare
+
+pytestmark = newest_jax  # Long, and nothing of it depends on the version.
 
 HEAD = {
     "kind": "class_vq",

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from attention_kinds import KINDS, VOCAB_SIZE, extend, make_model
 from flax import nnx
+from versions import newest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Transformer, functional
+
+pytestmark = newest_jax  # Long, and nothing of it depends on the version.
 
 RULES = schema.ShardingRules(sequence=("sequence",))
 MESHES = {
