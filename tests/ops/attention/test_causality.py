@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from variants import VARIANTS, make_inputs, table
+from versions import newest_jax
 
 from vqcx_jax.ops.attention import (
     alibi_bias,
@@ -17,6 +18,8 @@ from vqcx_jax.ops.attention import (
     segment_mask,
     window_mask,
 )
+
+pytestmark = newest_jax  # Long, and nothing of it depends on the version.
 
 LENGTH, HEAD_DIM = 7, 8
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 3, 3, 0]])

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import newest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import classes, reference
+
+pytestmark = newest_jax  # Long, and nothing of it depends on the version.
 
 V, C, M, K, D = 103, 9, 3, 5, 6
 
