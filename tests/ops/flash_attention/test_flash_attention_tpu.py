@@ -74,9 +74,9 @@ CASES = {
     ),
     "keys_in_chunks": Case(
         blocks=BlockSizes(128, 128, 128, 128, 128, 128, cached_keys=128, chunk_keys=256),
-        length=400,
+        length=500,
         width=256,
-        num_heads=1,
+        num_heads=2,
         num_kv_heads=1,
     ),
 }
