@@ -68,9 +68,9 @@ def _report(name: str, chip: str, with_regions: bool) -> None:
                 for part in parts:
                     length = schedule.length(part)
                     print(f"      {part.start:#x}: {length:,} cycles x {part.runs:,.0f}")
-        memory = ", ".join(f"{key} {value / 1e6:.1f} MB" for key, value in facts.items())
+        said = ", ".join(f"{key} {value:.2f}" for key, value in facts.items())
         start = f"{chip:5} {name:28} {'together':34} {'':8}"
-        print(f"{start} {total:12,.0f} {1e3 * total / cases.CLOCK[chip]:7.3f}  {memory}")
+        print(f"{start} {total:12,.0f} {1e3 * total / cases.CLOCK[chip]:7.3f}  {said}")
 
 
 if __name__ == "__main__":

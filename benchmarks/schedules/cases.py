@@ -1,6 +1,7 @@
 """Kernels and shapes whose schedules are read, and how often their conditional regions run."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ class Case:
     kernels: Sequence[Kernel]
 
 
-def compile_for(name: str, chip: str) -> dict[str, int]:
-    """Compiles a case for the first chip of a topology; bytes that it holds."""
+def compile_for(name: str, chip: str) -> dict[str, float]:
+    """Compiles a case for the first chip of a topology; what the compiler says of it."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
@@ -48,11 +49,15 @@ def compile_for(name: str, chip: str) -> dict[str, int]:
     ]
     with jax.set_mesh(mesh):
         lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("tpu",))
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    estimates = map(int, re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
     return {
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        "arguments, MB": memory.argument_size_in_bytes / 1e6,
+        "results, MB": memory.output_size_in_bytes / 1e6,
+        "temporaries, MB": memory.temp_size_in_bytes / 1e6,
+        # XLA has none for kernels, and the largest integer for what it gives to the SparseCore.
+        "XLA's estimate for the rest, M cycles": sum(n for n in estimates if n < 2**62) / 1e6,
     }
 
 
@@ -141,6 +146,28 @@ def _classes(implementation: str, product_dtype: str) -> Case:
             ((N,), "int32"),
         ],
         kernels if implementation == "pallas_tpu" else [],
+    )
+
+
+def _one_codebook() -> Case:
+    """M = 1 in closed form, by XLA: 1% of V code vectors."""
+    from vqcx_jax.ops.codebook import closed_form
+
+    def loss(
+        h: jax.Array, codes: jax.Array, assignment: jax.Array, targets: jax.Array, bias: jax.Array
+    ) -> jax.Array:
+        return jnp.sum(closed_form.nll(h, codes, assignment, targets, bias)[0])
+
+    return Case(
+        jax.value_and_grad(loss, (0, 1, 4)),
+        [
+            ((N, D), "bfloat16"),
+            ((1280, D), "bfloat16"),
+            ((V,), "int32"),
+            ((N,), "int32"),
+            ((V,), "float32"),
+        ],
+        [],
     )
 
 
@@ -258,6 +285,7 @@ CASES: dict[str, Case] = {
     "log_z 16x16, float32": _streamed(16, 16, "float32", False),
     "classes 16x64": _classes("pallas_tpu", "bfloat16"),
     "classes 16x64, XLA": _classes("xla", "float32"),
+    "one codebook, XLA": _one_codebook(),
     "full, tokamax": _tokamax(),
     "attention, complex": _attention(True),
     "attention, RoPE": _attention(False),

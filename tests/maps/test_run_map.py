@@ -28,7 +28,7 @@ from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import Setup, prepare
 from vqcx_jax.training.state import TrainState
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 PRODUCT = {"num_codes": "8", "num_codebooks": "4", "form": "product", "assignment": "random"}
 LEARNED = {**PRODUCT, "learned_candidates": "3", "token_scale": "true"}

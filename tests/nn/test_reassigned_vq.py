@@ -13,7 +13,7 @@ from versions import newest_jax
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import MultiVQHead, ReassignedVQHead
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 V, D, K, M = 40, 8, 4, 2
 

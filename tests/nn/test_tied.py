@@ -17,7 +17,7 @@ from vqcx_jax.nn import Transformer, functional
 from vqcx_jax.nn.build import abstract_model, build_model
 from vqcx_jax.nn.loss import summed_nll
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 MODEL = schema.Model(
     vocab_size=11,

@@ -10,8 +10,6 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device, dispatch
 from vqcx_jax.ops.codebook import streaming
 
-ORDER = {"tpu": ("pallas_tpu", "xla"), "gpu": ("mosaic_gpu", "xla")}
-
 
 def refuse() -> str:
     raise dispatch.NotSupported("it is too wide")
@@ -19,43 +17,43 @@ def refuse() -> str:
 
 @pytest.fixture(params=["cpu", "tpu", "gpu"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(device, "current", lambda: device.Device(request.param, None))
+    monkeypatch.setattr(device, "current", lambda: device.Device(request.param, "a model"))
     return request.param
 
 
-def test_default_is_the_platforms_first(platform: str) -> None:
-    implementations = {name: lambda name=name: name for name in ("xla", "pallas_tpu", "mosaic_gpu")}
-    first = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "mosaic_gpu"}[platform]
+def test_default_is_the_kernel_where_there_is_one(platform: str) -> None:
+    implementations = {"xla": lambda: "xla", "pallas_tpu": lambda: "pallas_tpu"}
+    first = "pallas_tpu" if platform == "tpu" else "xla"
     with dispatch.record() as traced:
-        assert dispatch.run("an operation", implementations, None, ORDER) == first
+        assert dispatch.run("an operation", implementations, None) == first
     assert traced == [("an operation", first)]
 
 
 def test_named_implementation_runs_or_is_an_error(platform: str) -> None:
     implementations = {"xla": lambda: "xla", "pallas_tpu": lambda: "pallas_tpu"}
-    assert dispatch.run("an operation", implementations, "xla", ORDER) == "xla"
+    assert dispatch.run("an operation", implementations, "xla") == "xla"
     if platform == "tpu":
-        assert dispatch.run("an operation", implementations, "pallas_tpu", ORDER) == "pallas_tpu"
+        assert dispatch.run("an operation", implementations, "pallas_tpu") == "pallas_tpu"
         refusing = implementations | {"pallas_tpu": refuse}
         with pytest.raises(UserError, match="implementation='pallas_tpu': it is too wide"):
-            dispatch.run("an operation", refusing, "pallas_tpu", ORDER)
+            dispatch.run("an operation", refusing, "pallas_tpu")
     else:
         message = f"implementation='pallas_tpu': needs a tpu, and this is a {platform}"
         with pytest.raises(UserError, match=message):
-            dispatch.run("an operation", implementations, "pallas_tpu", ORDER)
+            dispatch.run("an operation", implementations, "pallas_tpu")
     with pytest.raises(UserError, match="implementation='cuda': an operation has pallas_tpu, xla"):
-        dispatch.run("an operation", implementations, "cuda", ORDER)
+        dispatch.run("an operation", implementations, "cuda")
 
 
 def test_default_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", "v5p"))
+    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", "TPU v5"))
     monkeypatch.setattr(dispatch, "_warned", set())
     implementations = {"pallas_tpu": refuse, "xla": lambda: "xla"}
     with pytest.warns(UserWarning, match="an operation: not by pallas_tpu: it is too wide"):
-        assert dispatch.run("an operation", implementations, None, ORDER) == "xla"
+        assert dispatch.run("an operation", implementations, None) == "xla"
     with warnings.catch_warnings(), dispatch.record() as traced:
         warnings.simplefilter("error")
-        assert dispatch.run("an operation", implementations, None, ORDER) == "xla"
+        assert dispatch.run("an operation", implementations, None) == "xla"
     assert traced == [("an operation", "xla")]
 
 
@@ -69,6 +67,6 @@ def test_streamed_loss_takes_plain_jax_on_a_cpu() -> None:
 
 
 def test_device_is_that_of_the_mesh() -> None:
-    assert device.current() == device.Device("cpu", None)
+    assert device.current() == device.Device("cpu", "cpu")
     with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
-        assert device.current() == device.Device("cpu", None)
+        assert device.current() == device.Device("cpu", "cpu")

@@ -93,7 +93,7 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(result))
 
     with jax.set_mesh(mesh_of(chip, num_chips)):
-        assert device.current() == device.Device("tpu", chip)
+        assert device.current().platform == "tpu"
         compiled = compile_for(
             jax.value_and_grad(loss, (0, 2, 3)),
             (abstract((N, K), "float32", jax.P("data", None)),) * M,

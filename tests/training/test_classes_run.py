@@ -18,7 +18,7 @@ from vqcx_jax.training import loop
 from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import prepare
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 HEAD = {
     "kind": "class_vq",

@@ -22,7 +22,7 @@ from vqcx_jax.training.batches import to_microbatches
 from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import prepare
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -6,9 +6,7 @@ import numpy as np
 
 from vqcx_jax.maps.token_map import TokenMap
 
-# The singular value decomposition and what follows it take time in proportion to the rank or worse,
-# and codes hold little of the directions beyond (docs/output_layer.md, "Maps for large
-# vocabularies").
+# The singular value decomposition and what follows it take time in proportion to the rank or worse.
 _MAX_RANK = 512
 
 

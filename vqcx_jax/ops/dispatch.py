@@ -1,25 +1,24 @@
-"""Which implementation of an operation runs: the one that is named, or the first that can.
+"""Which implementation of an operation runs: the one that is named, or the kernel where it can.
 
-An operation has a plain JAX implementation, "xla", that runs everywhere, and may have kernels:
-"pallas_tpu" and "mosaic_gpu". A kernel that cannot do what is asked raises `NotSupported` while it
-is traced. For an implementation that the caller named, that is an error; without a name, the next
-one runs, and a warning says so once.
+An operation has a plain JAX implementation, "xla", that runs everywhere, and may have a kernel for
+TPUs, "pallas_tpu". A kernel that cannot do what is asked raises `NotSupported` while it is traced.
+For an implementation that the caller named, that is an error; without a name, plain JAX runs, and a
+warning says so once.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device
 
-XLA, PALLAS_TPU, MOSAIC_GPU = "xla", "pallas_tpu", "mosaic_gpu"
-_PLATFORM = {PALLAS_TPU: "tpu", MOSAIC_GPU: "gpu"}
+XLA, PALLAS_TPU = "xla", "pallas_tpu"
 
 _Result = TypeVar("_Result")
 _recorders: list[list[tuple[str, str]]] = []
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 class NotSupported(Exception):
@@ -27,40 +26,35 @@ class NotSupported(Exception):
 
 
 def run(
-    operation: str,
-    implementations: Mapping[str, Callable[[], _Result]],
-    name: str | None,
-    order: Mapping[str, Sequence[str]],
+    operation: str, implementations: Mapping[str, Callable[[], _Result]], name: str | None
 ) -> _Result:
-    """Calls the implementation `name`, or the first of the platform's order that can.
+    """Calls the implementation `name`; without one, on TPUs the kernel and elsewhere plain JAX.
 
     Args:
         operation: for messages.
-        implementations: by name.
+        implementations: by name, "xla" among them.
         name: None: choose.
-        order: platform -> names, the best first. Other platforms have "xla".
 
     Raises:
         UserError: there is no implementation `name`, or it cannot run here or with these arguments.
     """
-    here = device.current().platform
+    platform = device.current().platform
     if name is not None:
         if name not in implementations:
             accepted = ", ".join(sorted(implementations))
             raise UserError(f"implementation={name!r}: {operation} has {accepted}")
-        if (needed := _PLATFORM.get(name, here)) != here:
-            raise UserError(f"implementation={name!r}: needs a {needed}, and this is a {here}")
+        if name == PALLAS_TPU and platform != "tpu":
+            raise UserError(f"implementation={name!r}: needs a tpu, and this is a {platform}")
         try:
             return _recorded(operation, name, implementations[name])
         except NotSupported as error:
             raise UserError(f"implementation={name!r}: {error}") from error
-    *kernels, last = order.get(here, (XLA,))
-    for kernel in kernels:
+    if platform == "tpu" and PALLAS_TPU in implementations:
         try:
-            return _recorded(operation, kernel, implementations[kernel])
+            return _recorded(operation, PALLAS_TPU, implementations[PALLAS_TPU])
         except NotSupported as error:
-            _warn_once(operation, kernel, str(error))
-    return _recorded(operation, last, implementations[last])
+            _warn_once(operation, str(error))
+    return _recorded(operation, XLA, implementations[XLA])
 
 
 @contextlib.contextmanager
@@ -81,7 +75,7 @@ def _recorded(operation: str, name: str, implementation: Callable[[], _Result]) 
     return result
 
 
-def _warn_once(operation: str, kernel: str, reason: str) -> None:
-    if (operation, kernel, reason) not in _warned:
-        _warned.add((operation, kernel, reason))
-        warnings.warn(f"{operation}: not by {kernel}: {reason}", stacklevel=4)
+def _warn_once(operation: str, reason: str) -> None:
+    if (operation, reason) not in _warned:
+        _warned.add((operation, reason))
+        warnings.warn(f"{operation}: not by {PALLAS_TPU}: {reason}", stacklevel=4)

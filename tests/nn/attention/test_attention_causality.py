@@ -23,7 +23,7 @@ from versions import newest_jax
 
 from vqcx_jax.nn import Attention, Transformer, functional
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 ONE_DOCUMENT = jnp.ones_like(SEGMENTS), jnp.zeros_like(SEGMENTS) + jnp.arange(9)
 

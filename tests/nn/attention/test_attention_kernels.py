@@ -33,7 +33,7 @@ WITH_KERNELS = (
 @pytest.fixture
 def tpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device that says it is a TPU, and kernels that are interpreted."""
-    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", None))
+    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", "TPU v5"))
     monkeypatch.setattr(dispatch, "_warned", set())
     with pltpu.force_tpu_interpret_mode():
         yield

@@ -16,7 +16,7 @@ from vqcx_jax import sharding
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Transformer, functional
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 RULES = schema.ShardingRules(sequence=("sequence",))
 MESHES = {

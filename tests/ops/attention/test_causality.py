@@ -19,7 +19,7 @@ from vqcx_jax.ops.attention import (
     window_mask,
 )
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 LENGTH, HEAD_DIM = 7, 8
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 3, 3, 0]])

@@ -78,6 +78,16 @@ def make(case: Case, dtype: Any = jnp.float32) -> Inputs:
     )
 
 
+def nll_of(log_z: Callable[..., Any]) -> Callable[..., Any]:
+    """(code_logits, assignment, targets, bias) -> (nll, log_z), of a function that gives log Z."""
+
+    def nll(code_logits: Any, assignment: Any, targets: Any, bias: Any = None) -> Any:
+        z = log_z(code_logits, assignment, bias)
+        return z - multi.target_logits(code_logits, assignment, targets, bias), z
+
+    return nll
+
+
 def loss_from_h(nll: Callable[..., Any], form: str) -> Callable[..., Any]:
     """(h, codebooks, bias, assignment, targets) -> (nll, log_z)."""
     code_logits, _ = FORMS[form]

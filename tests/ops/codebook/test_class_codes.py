@@ -12,7 +12,7 @@ from versions import newest_jax
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import classes, reference
 
-pytestmark = newest_jax  # Long, and nothing of it depends on the version.
+pytestmark = newest_jax
 
 V, C, M, K, D = 103, 9, 3, 5, 6
 

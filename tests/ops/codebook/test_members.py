@@ -14,6 +14,7 @@ from versions import newest_jax
 from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.codebook.members import tpu, xla
+from vqcx_jax.ops.codebook.members.xla import code_logits
 
 V, C, M, K, D = 500, 9, 3, 20, 6
 
@@ -89,10 +90,15 @@ def test_equals_gathers(targets: str, scale: bool, in_float64: Any, max_error: A
 @newest_jax
 def test_bfloat16_products(in_float64: Any, max_error: Any) -> None:
     """Within the roundings of M code logits, and of one probability backward."""
-    actual, expected = both(make("anywhere"), in_float64, product_dtype="bfloat16")
-    chex.assert_trees_all_close(actual[0], expected[0], rtol=0, atol=2.0**-9 * 40)
+    inputs = make("anywhere")
+    actual, expected = both(inputs, in_float64, product_dtype="bfloat16")
+    tables = code_logits(inputs[0], inputs[1].codebooks)
+    largest = float(
+        jnp.max(jnp.abs(inputs[1].scale)) * jnp.sum(jnp.max(jnp.abs(tables), (1, 2, 3)))
+    )
+    chex.assert_trees_all_close(actual[0], expected[0], rtol=0, atol=2.0**-8 * largest)
     for a, e in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
-        assert max_error(a, e) <= 0.03
+        assert max_error(a, e) <= 2.0**-8 * (largest + 1)
 
 
 @newest_jax

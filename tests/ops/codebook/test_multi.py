@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from multi_cases import CASES, FORMS, Case, make
+from multi_cases import CASES, FORMS, Case, make, nll_of
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import bilinear, multi, streaming
@@ -54,9 +54,9 @@ def test_assignment_must_have_a_column_for_each_codebook(shape: tuple[int, ...])
     assignment, targets = jnp.zeros(shape, jnp.int32), jnp.zeros((4,), jnp.int32)
     with pytest.raises(UserError, match=r"assignment has shape .* must be \(vocab_size, 2\)"):
         multi.logits(l, assignment)
-    for path in (bilinear, streaming):
+    for nll in (bilinear.nll, nll_of(streaming.log_z)):
         with pytest.raises(UserError, match=r"assignment has shape .* must be \(vocab_size, 2\)"):
-            path.nll(l, assignment, targets)
+            nll(l, assignment, targets)
 
 
 def test_bilinear_takes_two_codebooks() -> None:

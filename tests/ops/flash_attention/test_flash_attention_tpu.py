@@ -16,6 +16,7 @@ from versions import newest_jax
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import attention
 from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.flash_attention import xla
 from vqcx_jax.ops.flash_attention.tpu import BlockSizes, attend
 
 SMALL = BlockSizes(128, 128, 128, 128, sub_q=128, sub_kv_backward=128)
@@ -128,25 +129,16 @@ def ours(case: Case, arrays: dict[str, Any], fixed: dict[str, Any]) -> jax.Array
 
 
 def definition(case: Case, arrays: dict[str, Any], fixed: dict[str, Any]) -> jax.Array:
-    """Float32 throughout, and queries and keys that are turned before they are multiplied."""
-    q, k, v = (arrays[name].astype(jnp.float32) for name in ("q", "k", "v"))
-    table = attention.rotary_table(fixed["positions"], arrays["frequencies"])
-    if case.encoding == "rope":
-        q, k = attention.rope_queries_and_keys(q, k, *table)
-    else:
-        ones = jnp.ones((case.num_kv_heads, case.width // 2))
-        q, k = attention.complex_queries_and_keys(
-            q, k, *table, arrays.get("delta", ones), arrays["bias"]
-        )
-    mask = jnp.ones((1, 1, case.length, case.length), bool)
-    if case.causal:
-        mask &= attention.causal_mask(case.length, case.length)
-    if case.window is not None:
-        mask &= attention.window_mask(case.length, case.length, case.window)
-    if fixed["segment_ids"] is not None:
-        mask &= attention.segment_mask(fixed["segment_ids"], fixed["segment_ids"])
+    """The formula in float32 throughout."""
+    wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
     with jax.default_matmul_precision("highest"):
-        return attention.attend(q, k, v, mask, scale=case.width**-0.5, soft_cap=case.soft_cap)
+        return xla.attend(
+            **{"delta": None, "bias": None} | wide | fixed,
+            scale=case.width**-0.5,
+            causal=case.causal,
+            window=case.window,
+            soft_cap=case.soft_cap,
+        )
 
 
 def value_and_gradients(function: Any, case: Case, arrays: Any, fixed: Any) -> dict[str, Any]:

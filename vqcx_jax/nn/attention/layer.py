@@ -136,8 +136,7 @@ class Attention(nnx.Module):
             }
             asked = self.options.implementation
             named = None if asked == "auto" else asked
-            order = flash_attention.api.ORDER
-            y_BxTxHxd = dispatch.run("Attention", implementations, named, order)
+            y_BxTxHxd = dispatch.run("Attention", implementations, named)
         else:
             y_BxTxHxd, cache = self._extend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, cache, cache_length)
         out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)

@@ -7,7 +7,6 @@ in vector memory. Exact where l is: a product with ones and zeros rounds nothing
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ from jax.typing import DTypeLike
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.tpu import LANES, up
 from vqcx_jax.ops.varying import varying_like
 
-LANES = 128
-VMEM_LIMIT = 56 * 2**20  # Of 64 MB a core, the least of the chips that the kernels are for.
 _CODES = 16  # Rows of S come in multiples: a register of bfloat16 has so many sublanes.
 _MAX_CODES = 4096
 
@@ -155,14 +153,3 @@ def dot(x: jax.Array, s_CxT: jax.Array, transposed: bool = False) -> jax.Array:
     middle = rest.astype(jnp.bfloat16)
     low = (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16)
     return (product(low, s_CxT) + product(middle, s_CxT)) + product(high, s_CxT)
-
-
-def out_shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """Of an output that varies over the mesh axes of `shard_map` that `like` varies over."""
-    kind = jax.typeof(like).manual_axis_type
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-
-
-def up(number: int, multiple: int) -> int:
-    """The next multiple."""
-    return math.ceil(number / multiple) * multiple

@@ -8,8 +8,6 @@ import jax
 from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.flash_attention import tpu, xla
 
-ORDER = {"tpu": (dispatch.PALLAS_TPU, dispatch.XLA)}
-
 
 def attend(
     q: jax.Array,
@@ -63,4 +61,4 @@ def attend(
         dispatch.XLA: functools.partial(xla.attend, q, k, v, **options),
         dispatch.PALLAS_TPU: functools.partial(tpu.attend, q, k, v, **options),
     }
-    return dispatch.run("flash_attention.attend", implementations, implementation, ORDER)
+    return dispatch.run("flash_attention.attend", implementations, implementation)

@@ -9,8 +9,6 @@ import dataclasses
 
 import numpy as np
 
-LANES = 128
-
 # Bits of `Plan.code`; above them stands the index of the tile's kind.
 FIRST_OF_ROW, LAST_OF_ROW, NEW_KEY, LAST_OF_KEY = 1, 2, 4, 8
 KIND_SHIFT = 4

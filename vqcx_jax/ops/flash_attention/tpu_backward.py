@@ -15,7 +15,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vqcx_jax.ops.flash_attention.tiles import (
     FIRST_OF_ROW,
-    LANES,
     LAST_OF_KEY,
     LAST_OF_ROW,
     NEW_KEY,
@@ -37,7 +36,6 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     planes_of,
-    shape_like,
     strips_of_keys,
 )
 from vqcx_jax.ops.flash_attention.transform import (
@@ -46,6 +44,7 @@ from vqcx_jax.ops.flash_attention.transform import (
     pull_back,
     turned,
 )
+from vqcx_jax.ops.tpu import LANES, out_shape
 
 PHASES = Turn._fields
 
@@ -116,9 +115,6 @@ def _chunk(
         before, last = int(plan.last_fetch[0]), tables[3][s]
         return by_pass(g, last, before, before, last)
 
-    def of_queries(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), at.head(n, g), tables[0][s], 0
-
     def of_keys(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), at.kv_head(n), start + key_block(g, s, tables), 0
 
@@ -128,23 +124,11 @@ def _chunk(
     def of_written(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), at.kv_head(n), written_block(g, s, tables), 0
 
-    def of_query_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), 0, tables[0][s]
-
     def of_fetched_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, start + key_block(g, s, tables)
 
     def of_key_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, start + tables[1][s]
-
-    def of_lse(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), at.head(n, g), 0, tables[0][s]
-
-    def of_kv_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.kv_head(n), 0, 0
-
-    def of_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.head(n, g), 0, 0
 
     def of_summed_kv_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), at.kv_head(n), 0, 0
@@ -160,34 +144,34 @@ def _chunk(
     )
     key_shape, value_shape = (None, None, block_kv, width), (None, None, block_kv, value_width)
     operands = [
-        Operand("q", q, query_block, of_queries),
+        Operand("q", q, query_block, at.of_queries),
         Operand("k", k, key_shape, of_keys),
         Operand("v", v, value_shape, of_values),
-        Operand("out", out, value_query_block, of_queries),
-        Operand("d_out", d_out, value_query_block, of_queries),
-        Operand("lse", lse, (None, None, 1, block_q), of_lse),
-        Operand("q_positions", inputs.positions, (None, 1, block_q), of_query_row),
+        Operand("out", out, value_query_block, at.of_queries),
+        Operand("d_out", d_out, value_query_block, at.of_queries),
+        Operand("lse", lse, (None, None, 1, block_q), at.of_lse),
+        Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
         Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
-        Operand("omega", inputs.omega, planes, of_kv_head),
+        Operand("omega", inputs.omega, planes, at.of_kv_head),
     ]
     if inputs.delta is not None:
-        operands.append(Operand("delta", inputs.delta, planes, of_kv_head))
+        operands.append(Operand("delta", inputs.delta, planes, at.of_kv_head))
     if inputs.bias is not None:
-        operands.append(Operand("bias", inputs.bias, planes, of_head))
+        operands.append(Operand("bias", inputs.bias, planes, at.of_head))
     if inputs.segment_ids is not None:
         operands += [
-            Operand("q_segments", inputs.segment_ids, (None, 1, block_q), of_query_row),
+            Operand("q_segments", inputs.segment_ids, (None, 1, block_q), at.of_query_row),
             Operand("k_segments", inputs.segment_ids, (None, 1, block_kv), of_key_row),
         ]
     is_whole = length == num_blocks * block_kv
-    d_q = shape_like(q.shape, q.dtype if is_whole else jnp.float32, q)
-    d_k = shape_like((batch, num_kv_heads, num_blocks * block_kv, width), k.dtype, k)
-    d_v = shape_like((batch, num_kv_heads, num_blocks * block_kv, value_width), v.dtype, v)
+    d_q = out_shape(q.shape, q.dtype if is_whole else jnp.float32, q)
+    d_k = out_shape((batch, num_kv_heads, num_blocks * block_kv, width), k.dtype, k)
+    d_v = out_shape((batch, num_kv_heads, num_blocks * block_kv, value_width), v.dtype, v)
     summed = (None, None, num_planes, LANES)
-    of_each_kv_head = shape_like((batch, num_kv_heads, num_planes, LANES), jnp.float32, q)
-    of_each_head = shape_like((batch, num_heads, num_planes, LANES), jnp.float32, q)
+    of_each_kv_head = out_shape((batch, num_kv_heads, num_planes, LANES), jnp.float32, q)
+    of_each_head = out_shape((batch, num_heads, num_planes, LANES), jnp.float32, q)
     outputs = [
-        Operand("d_q", d_q, query_block, of_queries),
+        Operand("d_q", d_q, query_block, at.of_queries),
         Operand("d_k", d_k, key_shape, of_written),
         Operand("d_v", d_v, value_shape, of_written),
         Operand("d_omega", of_each_kv_head, summed, of_summed_kv_head),

@@ -12,8 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, LANES, Kind, Plan, Visible
+from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, Kind, Plan, Visible
 from vqcx_jax.ops.flash_attention.transform import Planes
+from vqcx_jax.ops.tpu import LANES, VMEM_LIMIT
 
 LOG2_E = 1.4426950408889634
 # Of masked scores: finite, so that differences of two are not NaN.
@@ -156,10 +157,6 @@ def call(
     return dict(zip([operand.name for operand in outputs], results, strict=True))
 
 
-# Of the 64 MiB of the smallest VMEM among supported chips (tpu7x).
-VMEM_LIMIT = 60 * 2**20
-
-
 class Indices(NamedTuple):
     """Of arrays' heads, from the grid: n counts batch and key heads, g the queries' group."""
 
@@ -178,10 +175,29 @@ class Indices(NamedTuple):
         """Query head."""
         return self.kv_head(n) * self.group + g
 
+    # Index maps of operands whose blocks go by the query block of a step, tables[0].
 
-def shape_like(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
-    """The shape of an output that varies over the mesh axes of `shard_map` as `like` does."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+    def of_queries(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
+        """(B, H, T, width)."""
+        return self.batch(n), self.head(n, g), tables[0][s], 0
+
+    def of_query_row(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
+        """(B, 1, T)."""
+        return self.batch(n), 0, tables[0][s]
+
+    def of_lse(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
+        """(B, H, 1, T)."""
+        return self.batch(n), self.head(n, g), 0, tables[0][s]
+
+    # And of those that a head has.
+
+    def of_kv_head(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
+        """(K, P, 1)."""
+        return self.kv_head(n), 0, 0
+
+    def of_head(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
+        """(H, P, 1)."""
+        return self.head(n, g), 0, 0
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:

@@ -12,7 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vqcx_jax.ops.flash_attention.tiles import (
     FIRST_OF_ROW,
-    LANES,
     LAST_OF_ROW,
     NEW_KEY,
     Kind,
@@ -34,10 +33,10 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     planes_of,
-    shape_like,
     strips_of_queries,
 )
 from vqcx_jax.ops.flash_attention.transform import turned
+from vqcx_jax.ops.tpu import LANES, out_shape
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
@@ -63,14 +62,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
 
     at = Indices(num_kv_heads, group)
 
-    def of_queries(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), at.head(n, g), tables[0][s], 0
-
     def of_keys(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), at.kv_head(n), fetched(g, s, tables), 0
-
-    def of_query_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), 0, tables[0][s]
 
     def of_fetched_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, fetched(g, s, tables)
@@ -78,32 +71,23 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
     def of_key_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, tables[1][s]
 
-    def of_lse(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.batch(n), at.head(n, g), 0, tables[0][s]
-
-    def of_kv_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.kv_head(n), 0, 0
-
-    def of_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
-        return at.head(n, g), 0, 0
-
     planes = (None, width // 2, 1)
     operands = [
-        Operand("q", q, (None, None, block_q, width), of_queries),
+        Operand("q", q, (None, None, block_q, width), at.of_queries),
         Operand("k", k, (None, None, block_kv, width), of_keys),
         Operand("v", v, (None, None, block_kv, value_width), of_keys),
-        Operand("q_positions", inputs.positions, (None, 1, block_q), of_query_row),
+        Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
         Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
-        Operand("omega", inputs.omega, planes, of_kv_head),
+        Operand("omega", inputs.omega, planes, at.of_kv_head),
     ]
     if inputs.delta is not None:
-        operands.append(Operand("delta", inputs.delta, planes, of_kv_head))
+        operands.append(Operand("delta", inputs.delta, planes, at.of_kv_head))
     if inputs.bias is not None:
-        operands.append(Operand("bias", inputs.bias, planes, of_head))
+        operands.append(Operand("bias", inputs.bias, planes, at.of_head))
     has_segments = inputs.segment_ids is not None
     if has_segments:
         operands += [
-            Operand("q_segments", inputs.segment_ids, (None, 1, block_q), of_query_row),
+            Operand("q_segments", inputs.segment_ids, (None, 1, block_q), at.of_query_row),
             Operand("k_segments", inputs.segment_ids, (None, 1, block_kv), of_key_row),
         ]
     cached_blocks = num_key_blocks if is_cached else 1
@@ -116,15 +100,15 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
         outputs=[
             Operand(
                 "out",
-                shape_like((batch, num_heads, length, value_width), q.dtype, q),
+                out_shape((batch, num_heads, length, value_width), q.dtype, q),
                 (None, None, block_q, value_width),
-                of_queries,
+                at.of_queries,
             ),
             Operand(
                 "lse",
-                shape_like((batch, num_heads, 1, length), jnp.float32, q),
+                out_shape((batch, num_heads, 1, length), jnp.float32, q),
                 (None, None, 1, block_q),
-                of_lse,
+                at.of_lse,
             ),
         ],
         scratch={

@@ -9,8 +9,6 @@ from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights
 from vqcx_jax.ops.codebook.members import tpu, xla
 
-_ORDER = {"tpu": (dispatch.PALLAS_TPU, dispatch.XLA)}
-
 
 def nll(
     h: jax.Array,
@@ -42,4 +40,4 @@ def nll(
         dispatch.XLA: functools.partial(xla.nll, *arrays),
         dispatch.PALLAS_TPU: functools.partial(tpu.nll, *arrays, product_dtype=product_dtype),
     }
-    return dispatch.run("codebook.members.nll", implementations, implementation, _ORDER)
+    return dispatch.run("codebook.members.nll", implementations, implementation)

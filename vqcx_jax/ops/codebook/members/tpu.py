@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from vqcx_jax.ops.codebook import tpu_tiles
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, num_frequent
 from vqcx_jax.ops.codebook.members.xla import code_logits
-from vqcx_jax.ops.codebook.tpu_tiles import LANES, VMEM_LIMIT
+from vqcx_jax.ops.tpu import LANES, VMEM_LIMIT, out_shape
 from vqcx_jax.ops.varying import varying_like
 
 _ROWS = 16  # P: a register of bfloat16 has so many rows.
@@ -297,7 +297,7 @@ def _call(
                 class_spec(out.shape) if out.per_class else row_spec(out.shape) for out in outs
             ],
         ),
-        out_shape=[tpu_tiles.out_shape(out.shape, jnp.float32, rows[0]) for out in outs],
+        out_shape=[out_shape(out.shape, jnp.float32, rows[0]) for out in outs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_LIMIT
         ),

@@ -10,8 +10,6 @@ from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.codebook.scatter import tpu, xla
 
-_ORDER = {"tpu": (dispatch.PALLAS_TPU, dispatch.XLA)}
-
 
 def logits(
     code_logits: multi.CodeLogits,
@@ -51,4 +49,4 @@ def logits(
             tpu.logits, *arrays, soft_cap=soft_cap, dtype=dtype, product_dtype=product_dtype
         ),
     }
-    return dispatch.run("codebook.scatter.logits", implementations, implementation, _ORDER)
+    return dispatch.run("codebook.scatter.logits", implementations, implementation)

@@ -1,4 +1,4 @@
-"""log Z and losses of any number of codebooks, by the implementation that suits the device."""
+"""Log Z of any number of codebooks, by the implementation that suits the device."""
 
 import functools
 
@@ -9,8 +9,6 @@ from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.codebook.streaming import tpu, xla
-
-_ORDER = {"tpu": (dispatch.PALLAS_TPU, dispatch.XLA)}
 
 
 def log_z(
@@ -46,33 +44,4 @@ def log_z(
         dispatch.XLA: functools.partial(xla.log_z, *arrays),
         dispatch.PALLAS_TPU: functools.partial(tpu.log_z, *arrays, product_dtype=product_dtype),
     }
-    return dispatch.run("codebook.streaming.log_z", implementations, implementation, _ORDER)
-
-
-def nll(
-    code_logits: multi.CodeLogits,
-    assignment: jax.Array,
-    targets: jax.Array,
-    bias: jax.Array | None = None,
-    scale: jax.Array | None = None,
-    *,
-    implementation: str | None = None,
-    product_dtype: DTypeLike = "float32",
-) -> tuple[jax.Array, jax.Array]:
-    """-log p(target) and log Z, equal to `codebook.reference.nll_of_logits`, for any M.
-
-    Args:
-        targets: int (...), values in [0, V). Others as in `log_z`.
-
-    Returns:
-        nll, log_z: float32 (...).
-    """
-    z = log_z(
-        code_logits,
-        assignment,
-        bias,
-        scale,
-        implementation=implementation,
-        product_dtype=product_dtype,
-    )
-    return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
+    return dispatch.run("codebook.streaming.log_z", implementations, implementation)

@@ -1,0 +1,20 @@
+"""What all Pallas kernels for TPUs need."""
+
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+
+LANES = 128
+VMEM_LIMIT = 60 * 2**20  # Bytes, of the 64 MiB a core that the smallest supported chips have.
+
+
+def out_shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Of an output that varies over the mesh axes of `shard_map` that `like` varies over."""
+    kind = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return pl.cdiv(number, multiple) * multiple
