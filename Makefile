@@ -14,7 +14,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and float64 references to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -11,6 +12,25 @@ import pytest
 # So that one process can hold any small mesh.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiles in half the time. What is tested as users compile it says so: `fully_optimized`.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@contextmanager
+def _optimizations(disabled: bool) -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", disabled)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def fully_optimized() -> Iterator[None]:
+    """Compiles as users do."""
+    with _optimizations(disabled=False):
+        yield
 
 
 # Files that take long, the longest first: the last of them would keep one process busy alone.
@@ -19,10 +39,12 @@ _LONG = (
     "test_reassignment.py",
     "test_flash_attention_tpu.py",
     "test_sharding.py",
-    "test_reporting.py",
-    "test_tpu_compiles.py",
+    "test_attention_sharding.py",
+    "test_heads.py",
     "test_loop.py",
-    "test_state.py",
+    "test_tpu_compiles.py",
+    "test_encode.py",
+    "test_sampling.py",
 )
 
 
@@ -44,7 +66,7 @@ def in_float64() -> Callable[..., Any]:
     """
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), _optimizations(disabled=True):
             return jax.tree.map(np.asarray, jax.jit(function)(*jax.tree.map(_widen, args)))
 
     return run

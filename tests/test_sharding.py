@@ -1,7 +1,6 @@
 """The same numbers on every mesh, and arrays that lie where the rules say."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -68,14 +67,6 @@ BASELINES = (
     "rope_two_level",
     "rope_huffman",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """How a program is divided does not depend on how well each part is compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_mesh(name: str, axis_type: str) -> Mesh:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tensorboardX.proto import event_pb2
 
 from vqcx_jax.config import apply_overrides, schema
 from vqcx_jax.nn import functional
@@ -89,6 +91,22 @@ def tiny_config(directory: Path, **overrides: str) -> schema.Config:
 def records(workdir: Path) -> list[dict[str, Any]]:
     """What a run wrote to metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(workdir: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of every scalar in TensorBoard's files, in the order of writing.
+
+    A record is a length (8 bytes), its checksum (4), the event and its checksum (4).
+    """
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return found
 
 
 def random_state(

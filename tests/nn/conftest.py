@@ -1,6 +1,6 @@
 """A model of every kind, small enough to compile in a second."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,14 +15,6 @@ from vqcx_jax.nn import Transformer, functional
 
 ATTENTIONS: dict[str, Any] = {"complex": schema.ComplexAttention(), "rope": schema.RopeAttention()}
 HEADS: dict[str, Any] = {"vq": schema.VQHead(num_codes=7), "full": schema.FullHead(token_bias=True)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Numerics are tested under tests/ops, as users compile them; here compiling is what costs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=ATTENTIONS.keys())

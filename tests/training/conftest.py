@@ -1,6 +1,6 @@
 """The same run on three meshes, executed once for all tests of the trainer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from vqcx_jax.training.setup import prepare
 
 _ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 _EIGHT_DEVICES = {"data": 2, "fsdp": 2, "tensor": 2}
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiles in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="package")

@@ -1,4 +1,7 @@
-"""The loop: what it computes on different meshes, in which order, and how it fails."""
+"""One run on different meshes: what it computes, writes and leaves behind, and how it fails.
+
+All that is asked of the finished runs is in this file: another process would run them again.
+"""
 
 import dataclasses
 import shutil
@@ -10,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import FinishedRun, records
+from tiny_run import FinishedRun, records, scalars, tiny_optimizer
 
 from vqcx_jax import checkpoint
 from vqcx_jax.errors import NonFiniteLossError
+from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.training import loop
 from vqcx_jax.training.checkpointing import Checkpoints
+from vqcx_jax.training.flops import train_flops_per_token
 from vqcx_jax.training.setup import prepare
+from vqcx_jax.training.state import abstract_state, state_shardings
 
 
 def test_losses_do_not_depend_on_the_mesh(
@@ -114,3 +120,71 @@ def test_nonfinite_loss(one_device: FinishedRun, tmp_path: Path, step: int, last
     assert "loss is nan" in message and f"at step {step + 1};" in message
     assert message.endswith(last)
     assert [r["step"] for r in records(tmp_path)] == list(range(1, step + 1))
+
+
+def test_first_weights_do_not_depend_on_the_mesh(
+    one_device: FinishedRun, eight_devices: FinishedRun
+) -> None:
+    # The random bits are the same; compiled for other shapes, the last bit of a product may differ.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6),
+        one_device.initial,
+        eight_devices.initial,
+    )
+
+
+def test_weights_and_moments_lie_as_the_rules_say(eight_devices: FinishedRun) -> None:
+    state = eight_devices.run.state
+    adam = next(
+        part
+        for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    )
+    for params in (state.params, adam.mu, adam.nu):
+        assert params["embedding"]["table"].sharding.spec == jax.P("tensor", "fsdp")
+        assert params["blocks"]["mlp"]["down"].sharding.spec == jax.P(None, "tensor", "fsdp")
+        assert params["head"]["codes"].sharding.spec == jax.P(None, "fsdp")
+        table = params["embedding"]["table"]
+        assert table.addressable_shards[0].data.shape == (264 // 2, 16 // 2)
+    assert state.step.sharding.is_fully_replicated
+    assert state.buffers["head"]["assignment"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("saved_on", ["one", "eight"])
+def test_checkpoint_moves_to_another_mesh(
+    one_device: FinishedRun, eight_devices: FinishedRun, saved_on: str
+) -> None:
+    saved, here = (one_device, eight_devices)[:: 1 if saved_on == "one" else -1]
+    mesh, config = here.run.mesh, here.config
+    optimizer = tiny_optimizer(config)
+    shardings = state_shardings(abstract_model(config), optimizer, mesh, config.sharding)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(saved.workdir / "checkpoints", config.train) as checkpoints,
+    ):
+        abstract = abstract_state(config, optimizer, shardings)
+        state = checkpoints.restore(13, abstract, here.run.batches)
+    jax.tree.map(np.testing.assert_array_equal, state, saved.run.state)
+    wrong = jax.tree.map(lambda x, s: not x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
+    assert not any(jax.tree.leaves(wrong))
+    assert {d for x in jax.tree.leaves(state) for d in x.devices()} == set(mesh.devices.flat)
+
+
+def test_mfu(eight_devices: FinishedRun) -> None:
+    found = scalars(eight_devices.workdir)
+    config = eight_devices.config
+    per_token = train_flops_per_token(config.model, config.data.seq_len)
+    speeds = {step: value for tag, step, value in found if tag == "train/tokens_per_second"}
+    mfu = {step: value for tag, step, value in found if tag == "train/mfu"}
+    assert mfu.keys() == speeds.keys() == {2, 4, 6, 8, 10, 12, 13}
+    for step, speed in speeds.items():
+        assert mfu[step] == pytest.approx(speed * per_token / (1e12 * jax.device_count()))
+        assert speed > 0
+
+
+def test_tensorboard_and_metrics_agree(one_device: FinishedRun) -> None:
+    losses = {r["step"]: r["loss"] for r in records(one_device.workdir) if "loss" in r}
+    shown = {s: v for tag, s, v in scalars(one_device.workdir) if tag == "train/loss"}
+    assert shown.keys() == {2, 4, 6, 8, 10, 12, 13}
+    for step, loss in shown.items():
+        assert loss == pytest.approx(losses[step])

@@ -51,15 +51,17 @@ def start(config: schema.Config, workdir: Path, shape: Any = ONE, kind: str = "e
         return mesh, loop._Run(prepare(config, directory, newest), mesh, checkpoints)
 
 
-def execute(config: schema.Config, workdir: Path) -> Any:
-    """The state after the last step."""
+def execute(config: schema.Config, workdir: Path, like: loop._Run | None = None) -> loop._Run:
+    """A run after its last step; with what `like` has compiled, if given."""
     directory = workdir / "checkpoints"
     mesh = make_mesh(ONE, devices=jax.devices()[:1])
     newest = max(checkpoint.steps(directory), default=None)
     with jax.set_mesh(mesh), Checkpoints(directory, config.train) as checkpoints:
         run = loop._Run(prepare(config, directory, newest), mesh, checkpoints)
+        if like is not None:
+            run.train_step, run.eval_step = like.train_step, like.eval_step
         run.execute(workdir)
-    return jax.device_get(run.state)
+    return run
 
 
 def head_after(run: Any, mesh: Any, steps: int, microbatches: int = 1) -> list[dict[str, Any]]:
@@ -76,7 +78,8 @@ def head_after(run: Any, mesh: Any, steps: int, microbatches: int = 1) -> list[d
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     config = make_config(tmp_path, train__steps="5")
-    whole = execute(config, tmp_path / "whole")
+    run = execute(config, tmp_path / "whole")
+    whole = jax.device_get(run.state)
     setup = prepare(config, tmp_path / "none", None)
     assert setup.token_map is not None
 
@@ -96,8 +99,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(codes_at(5), whole.buffers["head"]["assignment"])
     # Between two reassignments: the next one is made of statistics from before the stop.
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
-    execute(stopped, tmp_path / "stopped")
-    resumed = execute(config, tmp_path / "stopped")
+    execute(stopped, tmp_path / "stopped", run)
+    resumed = jax.device_get(execute(config, tmp_path / "stopped", run).state)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     losses = [
         [r["loss"] for r in records(tmp_path / name) if "loss" in r][-2:]
@@ -128,7 +131,7 @@ def test_statistics_do_not_depend_on_the_mesh(
 
 def test_all_steps_and_microbatches_count(tmp_path: Path) -> None:
     config = make_config(tmp_path, model__head__num_own_tokens="5")
-    batches = start(config, tmp_path / "rows")[1].batches
+    batches = iter(loop._training_batches(prepare(config, tmp_path / "rows", None)))
     targets = [next(batches) for _ in range(2)]
     counts = [
         np.bincount(rows["targets"][rows["segment_ids"] != 0], minlength=264) for rows in targets
