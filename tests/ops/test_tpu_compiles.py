@@ -16,6 +16,8 @@ from versions import newest_jax
 from vqcx_jax.ops import device, dispatch, flash_attention
 from vqcx_jax.ops.codebook import classes, scatter, streaming
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CHIPS_AND_DTYPES = [
     ("v5p", "bfloat16"),

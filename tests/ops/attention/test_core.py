@@ -17,6 +17,8 @@ from vqcx_jax.ops.attention import (
     window_mask,
 )
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 3, 3, 0]])
 WINDOW = causal_mask(7, 7) & window_mask(7, 7, 3)
 PACKED = causal_mask(7, 7) & segment_mask(SEGMENTS, SEGMENTS)

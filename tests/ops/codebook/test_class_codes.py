@@ -12,7 +12,8 @@ from versions import newest_jax
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import classes, reference
 
-pytestmark = newest_jax
+# As users compile it.
+pytestmark = [newest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 V, C, M, K, D = 103, 9, 3, 5, 6
 

@@ -14,6 +14,8 @@ import scipy.special
 from vqcx_jax.ops import codebook
 from vqcx_jax.ops.codebook import reference
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 
 class Case(NamedTuple):
     vocab_size: int

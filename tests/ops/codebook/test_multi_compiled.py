@@ -13,6 +13,8 @@ from multi_cases import Case, Inputs, definition, loss_from_h, make, nll_of, val
 
 from vqcx_jax.ops.codebook import bilinear, multi, streaming
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 PATHS = {"bilinear": bilinear.nll, "streaming": nll_of(streaming.log_z)}
 
 

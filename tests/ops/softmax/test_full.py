@@ -11,6 +11,8 @@ import pytest
 
 from vqcx_jax.ops import softmax
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 CASES: dict[str, dict[str, Any]] = {
     "no_bias": dict(leading=(6,), vocab_size=1009, bias_scale=None),
     "bias": dict(leading=(2, 3), vocab_size=1009, bias_scale=1.0),

@@ -17,6 +17,8 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.ops import softmax
 from vqcx_jax.ops.codebook.reference import nll_of_logits
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+
 
 class Case(NamedTuple):
     vocab_size: int
