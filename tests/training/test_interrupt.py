@@ -80,7 +80,11 @@ def test_processes_stop_after_the_same_step(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "script.py", address, str(index)],
             cwd=tmp_path,
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
