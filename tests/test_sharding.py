@@ -159,7 +159,6 @@ def assert_same(actual: Any, expected: Any) -> None:
         ("complex_vq", "fsdp2_tensor2_sequence2", "auto"),
         ("rope_full", "sequence3", "auto"),
         # Other heads run on each device alone, or as the full head does; this one sums over tensor.
-        ("rope_tied_streamed", "tensor4", "explicit"),
         ("rope_tied_streamed", "data2_fsdp2_tensor2", "auto"),
         *((name, "data2_fsdp2_tensor2", "explicit") for name in BASELINES),
     ],

@@ -275,8 +275,10 @@ def samples(head: Head, h: jax.Array) -> Any:
     return [head.sample(h, jax.random.key(0), **o) for o in options]
 
 
-@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "axis_type"),
+    [*((kind, "explicit") for kind in KINDS), ("vq", "auto"), ("full", "auto")],
+)
 def test_top_k_and_samples_on_a_mesh(kind: str, axis_type: str) -> None:
     """Top-k of a batch that is sharded as in training; samples of one that is whole."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
