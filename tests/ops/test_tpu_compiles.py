@@ -36,6 +36,7 @@ def compiler() -> Iterator[None]:
         "TPU_WORKER_ID": "0",
     }
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)  # Unknown to this compiler, which ends at that.
         for name, value in machine.items():
             patch.setitem(os.environ, name, value)
         yield
