@@ -6,12 +6,15 @@
 CAMPAIGN.py has a function `campaign(data: Path) -> Campaign`, see benchmarks/campaigns/. Every run
 is `train.py` in a process of its own and leaves one line of JSON: what was asked for, losses,
 sizes, times. A run that has its line is not done again, so the command can be stopped at any time
-and goes on where it was. Variants share everything but what they name; each has its own learning
-rate, found with seed 0 by the same search (powers of two from one start, until both neighbours of
-the best are worse); the other seeds use that rate.
+and goes on where it was. --jobs=N has N runs at a time, which share the machine and its devices.
+Variants share everything but what they name; each has its own learning rate, found with seed 0 by
+the same search (powers of two from one start, until both neighbours of the best are worse); the
+other seeds use that rate.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import dataclasses
 import importlib.util
 import itertools
@@ -22,8 +25,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--work", type=Path, help="token maps, caches and the run going on")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--seeds", type=int, help="at most so many of the campaign's seeds")
     parser.add_argument("--plot", type=Path, help="an SVG of the report (needs matplotlib)")
@@ -129,18 +134,44 @@ def main() -> None:
     if args.work is None:
         parser.error("--work is needed to run")
     deadline = time.monotonic() + 60 * args.minutes
-    for name in campaign.variants:
-        while (run := _next(campaign, name, _read(args.results))) is not None:
-            if time.monotonic() > deadline:
-                return
-            record = {**dataclasses.asdict(run), **_train(campaign, run, args.work)}
-            record["asked"] = run.asked(campaign)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with args.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(
-                f"{name}: lr {run.learning_rate:g}, seed {run.seed}: {record['loss']}", flush=True
-            )
+    _run_all(campaign, args.results, args.work, args.jobs, deadline)
+
+
+def _run_all(campaign: Campaign, path: Path, work: Path, jobs: int, deadline: float) -> None:
+    """Runs what has no line yet, `jobs` at a time, and begins with the first variants."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    free = [work / f"run{index}" for index in range(jobs)]
+    running: dict[concurrent.futures.Future[dict[str, Any]], tuple[Run, Path]] = {}
+    failed: set[Run] = set()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        while True:
+            begun = failed | {run for run, _ in running.values()}
+            results = _read(path)
+            ready = (run for name in campaign.variants for run in _ready(campaign, name, results))
+            for run in [run for run in ready if run not in begun]:
+                if free and time.monotonic() < deadline:
+                    directory = free.pop()
+                    future = pool.submit(_train, campaign, run, work, directory)
+                    running[future] = run, directory
+            if not running:
+                break
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                run, directory = running.pop(future)
+                free.append(directory)
+                try:
+                    record = {**dataclasses.asdict(run), **future.result()}
+                except FailedError as error:
+                    failed.add(run)
+                    print(f"{run}: {error}", flush=True)
+                    continue
+                record["asked"] = run.asked(campaign)
+                with path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                rate, loss = run.learning_rate, record["loss"]
+                print(f"{run.variant}: lr {rate:g}, seed {run.seed}: {loss}", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} of the runs failed, see above")
 
 
 def _load(path: Path, data: Path) -> Campaign:
@@ -177,42 +208,44 @@ def _chosen(campaign: Campaign, name: str, path: Path) -> reports.Chosen | None:
 # ---------------------------------------------------------------- the queue
 
 
-def _next(campaign: Campaign, variant: str, results: Results) -> Run | None:
-    """The next run of a variant; None: all done."""
+def _ready(campaign: Campaign, variant: str, results: Results) -> list[Run]:
+    """The next runs of a variant, which need not wait for each other; none: all done."""
 
     def loss(run: Run) -> float | None:
         record = results.get(_key(run.asked(campaign)))
         return None if record is None else reports.loss_of(record)
 
-    for run in _search(campaign, variant, loss):
-        if loss(run) is None:
-            return run
-    return None
+    for runs in _search(campaign, variant, loss):
+        missing = [run for run in runs if loss(run) is None]
+        if missing:
+            return missing
+    return []
 
 
-def _search(campaign: Campaign, variant: str, loss: Any) -> Iterator[Run]:
-    """Runs in order; the caller goes on only when the loss of the last one is known."""
+def _search(campaign: Campaign, variant: str, loss: Any) -> Iterator[list[Run]]:
+    """Runs in order; the caller goes on only when the losses of the last ones are known."""
 
     def at(exponent: int, seed: int = 0) -> Run:
         return Run(variant, campaign.learning_rate * 2.0**exponent, seed)
 
     best = 0
-    yield at(best)
     while True:
-        for neighbour in (best + 1, best - 1):
-            yield at(neighbour)
+        yield [at(best), at(best + 1), at(best - 1)]
         better = min((best - 1, best, best + 1), key=lambda e: loss(at(e)))
         if better == best:
             break
         best = better
-    for seed in range(1, campaign.seeds_of(variant)):
-        yield at(best, seed)
+    yield [at(best, seed) for seed in range(1, campaign.seeds_of(variant))]
 
 
 # ---------------------------------------------------------------- one run
 
 
-def _train(campaign: Campaign, run: Run, work: Path) -> dict[str, Any]:
+class FailedError(Exception):
+    """A run has no result; the message says where to look."""
+
+
+def _train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, Any]:
     variant = campaign.variants[run.variant]
     overrides = {
         "data.cache_dir": work / "cache",
@@ -227,7 +260,6 @@ def _train(campaign: Campaign, run: Run, work: Path) -> dict[str, Any]:
     }
     if variant.token_map is not None:
         overrides["model.head.token_map"] = _token_map(campaign, variant.token_map, work)
-    workdir = work / "run"
     shutil.rmtree(workdir, ignore_errors=True)
     command = [
         sys.executable,
@@ -237,15 +269,16 @@ def _train(campaign: Campaign, run: Run, work: Path) -> dict[str, Any]:
         *(f"--config.{name}={value}" for name, value in overrides.items()),
     ]
     started = time.monotonic()
-    with (work / "log.txt").open("w") as log:
+    log_path = workdir.with_suffix(".log")
+    with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
+    diverged = "NonFiniteLossError" in log_path.read_text()
+    if status and not diverged:
+        raise FailedError(f"train.py failed, see {log_path}")
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     steps = [record for record in metrics if "loss" in record]
-    if status:
-        diverged = "NonFiniteLossError" in (work / "log.txt").read_text()
-        if not diverged:
-            sys.exit(f"{run}: train.py failed, see {work / 'log.txt'}")
+    if diverged:
         return {"loss": None, "steps": len(steps)}
     seconds = [b["time"] - a["time"] for a, b in itertools.pairwise(steps[20:])]
     return {
@@ -256,8 +289,7 @@ def _train(campaign: Campaign, run: Run, work: Path) -> dict[str, Any]:
         "seconds_per_step": statistics.median(seconds),
         "seconds": time.monotonic() - started,
         "peak_gib": usage.ru_maxrss / 2**20,
-        **_sizes(workdir),
-        **({"by_length": _by_length(workdir, campaign.lengths)} if campaign.lengths else {}),
+        **_measure(workdir, campaign.lengths, log_path),
         "commit": _commit(),
     }
 
@@ -267,64 +299,39 @@ def _parts(steps: list[Any], number: int = 10) -> Iterator[list[Any]]:
     return (steps[i : i + size] for i in range(0, size * (len(steps) // size), size))
 
 
+_making = collections.defaultdict[Path, threading.Lock](threading.Lock)
+
+
 def _token_map(campaign: Campaign, name: str, work: Path) -> Path:
     path = work / "maps" / f"{name}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        options = {**campaign.maps[name], "config": ROOT / campaign.config, "output": path}
-        options["config.data.cache_dir"] = work / "cache"
-        shared = {**campaign.paths, **campaign.overrides}
-        fields = {k: v for k, v in shared.items() if k.startswith(("data.", "model."))}
-        options |= {f"config.{field}": value for field, value in fields.items()}
-        flags = [f"--{name}={value}" for name, value in options.items()]
-        subprocess.run([sys.executable, "-m", "vqcx_jax.maps", *flags], check=True, cwd=ROOT)
+    with _making[path]:
+        if not path.exists():
+            _make_token_map(campaign, name, work, path)
     return path
 
 
-def _sizes(workdir: Path) -> dict[str, int]:
-    """What the output layer holds: vectors, scalars a token, and bits of codes."""
-    import jax
-
-    from vqcx_jax import checkpoint
-    from vqcx_jax.config import from_json, schema
-    from vqcx_jax.nn import functional
-    from vqcx_jax.nn.build import abstract_model
-
-    config = from_json(checkpoint.load_run(*checkpoint.locate(workdir))["config"])
-    vocab_size, head = config.model.known_vocab_size(), config.model.head
-    _, params, _ = functional.split(abstract_model(config))
-    # Scores of codes that are learned are gone when they are.
-    head_params = {k: v for k, v in params.get("head", {}).items() if k != "scores"}
-    arrays = jax.tree.leaves(head_params)
-    scalars = sum(x.size for x in arrays if x.ndim == 1)
-    code_bits = 0
-    if isinstance(head, schema.VQHead):
-        code_bits = vocab_size * head.num_codebooks * math.ceil(math.log2(head.num_codes))
-    if isinstance(head, schema.ClassVQHead):
-        num_classes, _, _ = head.sizes(vocab_size)
-        code_bits = head.num_codebooks * math.ceil(math.log2(head.num_codes))
-        code_bits *= vocab_size + num_classes
-        code_bits += vocab_size * math.ceil(math.log2(num_classes + 1))
-    return {
-        "vocab_size": vocab_size,
-        "embed_dim": config.model.embed_dim,
-        "head_vectors": sum(x.size for x in arrays) - scalars,
-        "head_scalars": scalars,
-        "code_bits": code_bits,
-        "trunk": sum(x.size for x in jax.tree.leaves(params.get("blocks", {}))),
-    }
+def _make_token_map(campaign: Campaign, name: str, work: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {**campaign.maps[name], "config": ROOT / campaign.config, "output": path}
+    options["config.data.cache_dir"] = work / "cache"
+    shared = {**campaign.paths, **campaign.overrides}
+    fields = {k: v for k, v in shared.items() if k.startswith(("data.", "model."))}
+    options |= {f"config.{field}": value for field, value in fields.items()}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "vqcx_jax.maps", *flags]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise FailedError(f"vqcx_jax.maps failed for {path}")
 
 
-def _by_length(workdir: Path, lengths: Sequence[int]) -> dict[str, list[tuple[float, ...]]]:
-    """First and last position, nll and tokens, in rows of each length."""
-    from vqcx_jax.evaluation import TrainedModel
-
-    model = TrainedModel.load(workdir)
-    found = {}
-    for length in lengths:
-        parts = model.perplexity("validation", seq_len=length).loss.by_position
-        found[str(length)] = [(p.first, p.last, p.loss.nll, p.loss.tokens) for p in parts]
-    return found
+def _measure(workdir: Path, lengths: tuple[int, ...], log_path: Path) -> dict[str, Any]:
+    """What `measure_run.py` finds, which needs the devices to itself for a while."""
+    script = str(ROOT / "benchmarks" / "measure_run.py")
+    command = [sys.executable, script, str(workdir), *map(str, lengths)]
+    with log_path.open("a") as log:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    if result.returncode:
+        raise FailedError(f"measure_run.py failed, see {log_path}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _commit() -> str:

@@ -1,6 +1,6 @@
 """Output layers side by side: python benchmarks/output_layer.py [--tokens=512] [--vocab 50257].
 
-Training: forward + backward of the mean loss, by the hidden states and all parameters, float32. As
+Training: forward + backward of the mean loss, by the hidden states and all parameters. As
 in a training loop, calls follow each other without a pause and only the last one is waited for: as
 many as fill 0.2 s, a number found in a warm-up. A time is that of all of them over their number.
 Decoding: one sequence, in a loop within one program, as in `vqcx_jax.evaluation`. A step is from a
@@ -42,20 +42,26 @@ from vqcx_jax.ops.hierarchical import huffman_paths
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """N positions, width D, V tokens, K codes."""
+    """N positions, width D, V tokens, K codes; hidden states and products in `dtype`."""
 
     tokens: int
     dim: int
     vocab: int
     codes: int
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"N={self.tokens} D={self.dim} V={self.vocab} K={self.codes}"
+        return f"N={self.tokens} D={self.dim} V={self.vocab} K={self.codes} {self.dtype}"
+
+
+def common(sizes: Sizes) -> dict[str, Any]:
+    """Options that all heads have."""
+    return {"dtype": jnp.dtype(sizes.dtype), "rngs": nnx.Rngs(0)}
 
 
 def vq(sizes: Sizes, token_bias: bool) -> heads.Head:
     assignment = np.random.default_rng(0).permutation(np.arange(sizes.vocab) % sizes.codes)
-    options = {"token_bias": token_bias, "rngs": nnx.Rngs(0)}
+    options = {"token_bias": token_bias, **common(sizes)}
     return heads.VQHead(assignment, sizes.codes, sizes.dim, **options)
 
 
@@ -63,13 +69,13 @@ def two_codebooks(sizes: Sizes) -> heads.Head:
     side = math.ceil(sizes.vocab**0.5)
     cells = np.random.default_rng(0).permutation(side * side)[: sizes.vocab]
     assignment = np.stack([cells // side, cells % side], axis=1)
-    return heads.MultiVQHead(assignment, side, sizes.dim, rngs=nnx.Rngs(0))
+    return heads.MultiVQHead(assignment, side, sizes.dim, **common(sizes))
 
 
 def product_16(sizes: Sizes, expand: bool) -> heads.Head:
     codes = min(256, sizes.vocab)
     assignment = np.random.default_rng(0).integers(codes, size=(sizes.vocab, 16))
-    options = {"form": "product", "expand_vectors": expand, "rngs": nnx.Rngs(0)}
+    options = {"form": "product", "expand_vectors": expand, **common(sizes)}
     return heads.MultiVQHead(assignment, codes, sizes.dim, **options)
 
 
@@ -81,18 +87,18 @@ def product_16_in_classes(sizes: Sizes) -> heads.Head:
     class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
     assignment = jnp.asarray(rng.integers(codes, size=(sizes.vocab + num_classes, 16)))
     tokens = classes.arrange(class_of, num_classes)
-    options = {"token_scale": True, "rngs": nnx.Rngs(0)}
+    options = {"token_scale": True, **common(sizes)}
     return heads.ClassVQHead(tokens, assignment, codes, sizes.dim, **options)
 
 
 def full(sizes: Sizes, implementation: Any) -> heads.Head:
-    options = {"implementation": implementation, "rngs": nnx.Rngs(0)}
+    options = {"implementation": implementation, **common(sizes)}
     return heads.FullHead(sizes.vocab, sizes.dim, **options)
 
 
 def adaptive(sizes: Sizes) -> heads.Head:
     cutoffs = [sizes.vocab // 25, sizes.vocab // 5]
-    return heads.AdaptiveHead(sizes.vocab, sizes.dim, cutoffs, rngs=nnx.Rngs(0))
+    return heads.AdaptiveHead(sizes.vocab, sizes.dim, cutoffs, **common(sizes))
 
 
 def huffman(sizes: Sizes) -> heads.Head:
@@ -105,7 +111,7 @@ HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
     "full (plain jax)": (lambda s: full(s, "plain"), True),
     "full (streamed)": (lambda s: full(s, "streamed"), True),
     "low rank, R = 64": (
-        lambda s: heads.LowRankHead(s.vocab, s.dim, 64, rngs=nnx.Rngs(0)),
+        lambda s: heads.LowRankHead(s.vocab, s.dim, 64, **common(s)),
         True,
     ),
     "adaptive softmax": (adaptive, True),
@@ -201,7 +207,7 @@ def torch_steps(h: np.ndarray, targets: np.ndarray, sizes: Sizes) -> dict[str, "
 # ---------------------------------------------------------------- measuring
 
 
-def training_step(head: heads.Head, h: np.ndarray, targets: np.ndarray) -> Step:
+def training_step(head: heads.Head, h: Any, targets: np.ndarray) -> Step:
     graphdef, params, buffers = functional.split(head)
 
     def loss(params: Any, h_BxTxD: jax.Array, buffers: Any, targets_BxT: jax.Array) -> jax.Array:
@@ -217,10 +223,11 @@ def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
     return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
 
-def decoding_loop(head: heads.Head, dim: int) -> Callable[[int], float]:
+def decoding_loop(head: heads.Head, sizes: Sizes) -> Callable[[int], float]:
     """A function that decodes so many tokens and returns the seconds it took."""
     graphdef, params, buffers = functional.split(head)
-    states_SxD = jnp.asarray(np.random.default_rng(3).standard_normal((256, dim)), jnp.float32)
+    states = np.random.default_rng(3).standard_normal((256, sizes.dim))
+    states_SxD = jnp.asarray(states, sizes.dtype)
 
     def decode(
         num_tokens: Any, temperature: Any, params: Any, buffers: Any, states_SxD: Any, key: Any
@@ -287,7 +294,8 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     asked = {name: HEADS[name] for name in args.rows}
     chosen = {name: make for name, (make, needs_v) in asked.items() if fits or not needs_v}
     made = {name: random_head(make, sizes) for name, make in chosen.items()}
-    rows = {name: training_step(head, h, targets) for name, head in made.items()}
+    h_in_dtype = jnp.asarray(h, sizes.dtype)
+    rows = {name: training_step(head, h_in_dtype, targets) for name, head in made.items()}
     if fits:
         weights = jnp.asarray(rng.standard_normal((sizes.vocab, sizes.dim), np.float32))
         weights = weights / sizes.dim**0.5
@@ -299,7 +307,7 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
     print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
-    loops = {name: decoding_loop(made[name], sizes.dim) for name in DECODERS if name in made}
+    loops = {name: decoding_loop(made[name], sizes) for name in DECODERS if name in made}
     decoding = measure_decoding(loops, args.repeats)
     once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
     print_table("decoding step", "once, ms", {n: (decoding[n].seconds, once[n]) for n in decoding})
@@ -333,16 +341,21 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[256])
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
     parser.add_argument("--codes", type=int, nargs="+", default=[503])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--max_gb", type=float, default=8.0)
     parser.add_argument("--rows", nargs="+", choices=[*HEADS], default=[*HEADS], metavar="NAME")
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     installed = [peer for peer, module in MODULES.items() if find_spec(module)]
-    parser.add_argument("--peers", nargs="*", choices=installed, default=installed)
+    parser.add_argument("--peers", nargs="*", choices=installed, help="in float32")
     args = parser.parse_args()
+    if args.peers is None:
+        args.peers = installed if args.dtype == "float32" else []
+    if args.peers and args.dtype != "float32":
+        parser.error(f"--peers {args.peers} --dtype={args.dtype}: peers run in float32")
     tables = {}
     for dim, vocab, codes in itertools.product(args.dim, args.vocab, args.codes):
-        sizes = Sizes(args.tokens, dim, vocab, codes)
+        sizes = Sizes(args.tokens, dim, vocab, codes, args.dtype)
         tables[sizes] = measure_sizes(sizes, args)
     if args.plot is not None:
         draw(tables, args.plot)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# So that one process can hold any small mesh.
-jax.config.update("jax_platforms", "cpu")
+# Another platform is for tests/gpu. So many devices, so that one process can hold any small mesh.
+jax.config.update("jax_platforms", os.environ.get("VQCX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiles in half the time. What is tested as users compile it says so: `fully_optimized`.
 jax.config.update("jax_disable_most_optimizations", True)

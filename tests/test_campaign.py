@@ -60,7 +60,8 @@ def record(module: Any, campaign: Any, run: Any, loss: float | None) -> dict[str
 def drain(module: Any, campaign: Any, name: str, loss: Any, path: Path) -> list[tuple[float, int]]:
     """All runs of a variant, each read back from the file before the next is asked for."""
     done = []
-    while run := module._next(campaign, name, module._read(path)):
+    while runs := module._ready(campaign, name, module._read(path)):
+        run = runs[0]
         value = loss(run.learning_rate, run.seed)
         with path.open("a") as file:
             file.write(json.dumps(record(module, campaign, run, value)) + "\n")
@@ -88,9 +89,10 @@ def test_a_run_that_diverged_is_the_worst(module: Any, campaign: Any, tmp_path: 
 def test_another_question_has_other_results(module: Any, campaign: Any, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     drain(module, campaign, "vq", lambda lr, _: abs(lr - 1), path)
-    assert module._next(campaign, "vq", module._read(path)) is None
+    assert module._ready(campaign, "vq", module._read(path)) == []
     other = module.dataclasses.replace(campaign, maps={"kmeans": {"method": "kmeans", "seed": 1}})
-    assert module._next(other, "vq", module._read(path)) == module.Run("vq", 1.0, 0)
+    asked = module._ready(other, "vq", module._read(path))
+    assert asked == [module.Run("vq", rate, 0) for rate in (1.0, 2.0, 0.5)]
 
 
 def test_report(

@@ -1,5 +1,6 @@
 """Which implementation runs, and what happens to one that cannot."""
 
+import functools
 import warnings
 
 import jax
@@ -22,8 +23,9 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_default_is_the_kernel_where_there_is_one(platform: str) -> None:
-    implementations = {"xla": lambda: "xla", "pallas_tpu": lambda: "pallas_tpu"}
-    first = "pallas_tpu" if platform == "tpu" else "xla"
+    names = ("xla", "pallas_tpu", "mosaic_gpu", "cudnn")
+    implementations = {name: functools.partial(str, name) for name in names}
+    first = {"tpu": "pallas_tpu", "gpu": "cudnn", "cpu": "xla"}[platform]
     with dispatch.record() as traced:
         assert dispatch.run("an operation", implementations, None) == first
     assert traced == [("an operation", first)]
@@ -43,6 +45,14 @@ def test_named_implementation_runs_or_is_an_error(platform: str) -> None:
             dispatch.run("an operation", implementations, "pallas_tpu")
     with pytest.raises(UserError, match="implementation='cuda': an operation has pallas_tpu, xla"):
         dispatch.run("an operation", implementations, "cuda")
+
+
+def test_default_tries_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "a model"))
+    monkeypatch.setattr(dispatch, "_warned", set())
+    implementations = {"xla": lambda: "xla", "cudnn": refuse, "mosaic_gpu": lambda: "mosaic_gpu"}
+    with pytest.warns(UserWarning, match="an operation: not by cudnn: it is too wide"):
+        assert dispatch.run("an operation", implementations, None) == "mosaic_gpu"
 
 
 def test_default_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: the one that is named, or the kernel where it can.
 
-An operation has a plain JAX implementation, "xla", that runs everywhere, and may have a kernel for
-TPUs, "pallas_tpu". A kernel that cannot do what is asked raises `NotSupported` while it is traced.
-For an implementation that the caller named, that is an error; without a name, plain JAX runs, and a
-warning says so once.
+An operation has a plain JAX implementation, "xla", that runs everywhere, and may have kernels: for
+TPUs ("pallas_tpu"), for Hopper GPUs ("mosaic_gpu"), or the GPU maker's own ("cudnn"). A kernel that
+cannot do what is asked raises `NotSupported` while it is traced. For an implementation that the
+caller named, that is an error; without a name, the next one runs, and a warning says so once.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ from typing import TypeVar
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device
 
-XLA, PALLAS_TPU = "xla", "pallas_tpu"
+XLA, PALLAS_TPU, MOSAIC_GPU, CUDNN = "xla", "pallas_tpu", "mosaic_gpu", "cudnn"
+# What a kernel runs on. Where an operation has several for a platform, they are tried in order.
+_PLATFORMS = {PALLAS_TPU: "tpu", CUDNN: "gpu", MOSAIC_GPU: "gpu"}
 
 _Result = TypeVar("_Result")
 _recorders: list[list[tuple[str, str]]] = []
@@ -28,7 +30,7 @@ class NotSupported(Exception):
 def run(
     operation: str, implementations: Mapping[str, Callable[[], _Result]], name: str | None
 ) -> _Result:
-    """Calls the implementation `name`; without one, on TPUs the kernel and elsewhere plain JAX.
+    """Calls the implementation `name`; without one, a kernel for the device, else plain JAX.
 
     Args:
         operation: for messages.
@@ -43,17 +45,19 @@ def run(
         if name not in implementations:
             accepted = ", ".join(sorted(implementations))
             raise UserError(f"implementation={name!r}: {operation} has {accepted}")
-        if name == PALLAS_TPU and platform != "tpu":
-            raise UserError(f"implementation={name!r}: needs a tpu, and this is a {platform}")
+        needed = _PLATFORMS.get(name, platform)
+        if platform != needed:
+            raise UserError(f"implementation={name!r}: needs a {needed}, and this is a {platform}")
         try:
             return _recorded(operation, name, implementations[name])
         except NotSupported as error:
             raise UserError(f"implementation={name!r}: {error}") from error
-    if platform == "tpu" and PALLAS_TPU in implementations:
-        try:
-            return _recorded(operation, PALLAS_TPU, implementations[PALLAS_TPU])
-        except NotSupported as error:
-            _warn_once(operation, str(error))
+    for kernel, needed in _PLATFORMS.items():
+        if kernel in implementations and needed == platform:
+            try:
+                return _recorded(operation, kernel, implementations[kernel])
+            except NotSupported as error:
+                _warn_once(operation, kernel, str(error))
     return _recorded(operation, XLA, implementations[XLA])
 
 
@@ -75,7 +79,7 @@ def _recorded(operation: str, name: str, implementation: Callable[[], _Result]) 
     return result
 
 
-def _warn_once(operation: str, reason: str) -> None:
+def _warn_once(operation: str, kernel: str, reason: str) -> None:
     if (operation, reason) not in _warned:
         _warned.add((operation, reason))
-        warnings.warn(f"{operation}: not by {PALLAS_TPU}: {reason}", stacklevel=4)
+        warnings.warn(f"{operation}: not by {kernel}: {reason}", stacklevel=4)

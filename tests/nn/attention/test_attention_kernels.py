@@ -68,7 +68,7 @@ def test_equals_plain_jax(kind: str, tpu: None) -> None:
     expected = results(layer(kind, "xla"))
     with dispatch.record() as traced:
         actual = results(layer(kind, "auto"))
-    assert set(traced) == {("Attention", "pallas_tpu")}
+    assert ("Attention", "pallas_tpu") in traced and ("Attention", "xla") not in traced
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -92,12 +92,12 @@ def test_kinds_without_a_kernel(tpu: None) -> None:
         dispatch.record() as traced,
     ):
         results(layer("smooth", "auto"))
-    assert set(traced) == {("Attention", "xla")}
+    assert ("Attention", "xla") in traced and ("Attention", "pallas_tpu") not in traced
 
 
 def test_on_a_cpu() -> None:
     with dispatch.record() as traced:
         results(layer("complex", "auto"))
-    assert set(traced) == {("Attention", "xla")}
+    assert ("Attention", "xla") in traced and ("Attention", "pallas_tpu") not in traced
     with pytest.raises(UserError, match="implementation='pallas_tpu': needs a tpu"):
         results(layer("complex", "pallas_tpu"))

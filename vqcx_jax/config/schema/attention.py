@@ -22,9 +22,9 @@ class AttentionOptions:
     logit_soft_cap: PositiveFloat | None = None
     # Queries and keys have a mean square of 1, times a trained gain, before they are turned.
     qk_norm: bool = False
-    # Of attention without a cache: kernels ("pallas_tpu") or plain JAX ("xla"). "auto": kernels on
-    # TPUs, where they can.
-    implementation: Literal["auto", "xla", "pallas_tpu"] = "auto"
+    # Of attention without a cache: kernels for TPUs ("pallas_tpu") or NVIDIA GPUs ("cudnn"), or
+    # plain JAX ("xla"). "auto": kernels where they can.
+    implementation: Literal["auto", "xla", "pallas_tpu", "cudnn"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -122,6 +122,7 @@ class Attention(nnx.Module):
         """
         if cache is not None and not self.causal:
             raise UserError("cache: must be None for causal=False, a cache holds what came before")
+        is_packed = info is not None
         info = info or self._one_document(x_BxTxD, cache_length)
         q_BxTxHxd, k_BxTxKxd = self._raw_queries_and_keys(x_BxTxD)
         raw = (q_BxTxHxd, k_BxTxKxd)
@@ -133,6 +134,7 @@ class Attention(nnx.Module):
             implementations = {
                 dispatch.XLA: functools.partial(self.attend, *encoded),
                 dispatch.PALLAS_TPU: functools.partial(self._attend_raw, *raw, v_BxTxKxd, info),
+                dispatch.CUDNN: functools.partial(self._attend_by_cudnn, *encoded, is_packed),
             }
             asked = self.options.implementation
             named = None if asked == "auto" else asked
@@ -232,6 +234,42 @@ class Attention(nnx.Module):
         arrays = [constrain(x, a, self.rules) for x, a in zip(*phases, strict=True)]
         (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
             q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids, info.positions, *arrays
+        )
+        return y_BxTxHxd
+
+    def _attend_by_cudnn(
+        self,
+        q_BxTxHxd: jax.Array,
+        k_BxTxKxd: jax.Array,
+        v_BxTxKxd: jax.Array,
+        segment_ids_BxT: jax.Array,
+        is_packed: bool,
+    ) -> jax.Array:
+        """`attend` by cuDNN."""
+        if self.encoding.slopes() is not None:
+            raise dispatch.NotSupported(f"kind={self.options.kind}: cuDNN has no slopes")
+        if mesh_axes("sequence", self.rules):
+            raise dispatch.NotSupported("the sequence is sharded: cuDNN needs it whole")
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, *segment_ids: jax.Array
+        ) -> tuple[jax.Array]:
+            y = ops.attend_by_cudnn(
+                q,
+                k,
+                v,
+                segment_ids[0] if segment_ids else None,
+                scale=self.encoding.scale,
+                causal=self.causal,
+                window=self.options.window,
+                soft_cap=self.options.logit_soft_cap,
+            )
+            return (y,)
+
+        segments = (segment_ids_BxT,) if is_packed else ()
+        axes = (HEADS, HEADS, HEADS, *(ROWS for _ in segments))
+        (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
+            q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *segments
         )
         return y_BxTxHxd
 

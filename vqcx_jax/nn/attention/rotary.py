@@ -17,6 +17,7 @@ from vqcx_jax.nn.attention.base import (
 from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.nn.variables import Param, logical_axes, param
 from vqcx_jax.ops import attention as ops
+from vqcx_jax.ops import euler_turn
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 # A function of `ops.attention.encode`, and what it takes after the table.
@@ -61,6 +62,8 @@ class RotaryEncoding(Encoding):
     def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
         """See `Encoding`."""
         function, trained = self._adapt()
+        if function is ops.complex_queries_and_keys and self.attention.implementation != "xla":
+            function = euler_turn.queries_and_keys
         table = info.table or self._table(info.positions)
         return self._encode(function, q, k, table, *trained)
 

@@ -13,6 +13,7 @@ from vqcx_jax.ops.attention.core import (
     segment_mask,
     window_mask,
 )
+from vqcx_jax.ops.attention.cudnn import attend_by_cudnn
 from vqcx_jax.ops.attention.encode import (
     amplitude_queries_and_keys,
     complex_queries_and_keys,
@@ -51,6 +52,7 @@ __all__ = [
     "alibi_slopes",
     "amplitude_queries_and_keys",
     "attend",
+    "attend_by_cudnn",
     "attention_weights",
     "causal_mask",
     "clamp_bias",

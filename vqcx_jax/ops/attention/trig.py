@@ -43,7 +43,8 @@ def arctan2(y: jax.Array, x: jax.Array) -> jax.Array:
     angle = t + t * t * t * _polynomial(_ATAN, t * t)
     angle = jnp.where(abs_y > abs_x, jnp.pi / 2 - angle, angle)
     angle = jnp.where(x < 0, jnp.where(is_tiny, 0.0, jnp.pi - angle), angle)
-    return jnp.where(jnp.signbit(y), -angle, angle)
+    is_negative = jax.lax.bitcast_convert_type(y, jnp.int32) < 0  # The sign bit, of -0.0 too.
+    return jnp.where(is_negative, -angle, angle)
 
 
 def cos_sin(angle: jax.Array) -> tuple[jax.Array, jax.Array]:

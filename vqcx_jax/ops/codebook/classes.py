@@ -20,7 +20,7 @@ from vqcx_jax.ops.codebook import members, multi, scatter
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, arrange, num_frequent
 from vqcx_jax.ops.codebook.members.xla import code_logits
 from vqcx_jax.ops.codebook.members.xla import logits as member_logits
-from vqcx_jax.ops.softmax.product import product
+from vqcx_jax.ops.product import product
 
 __all__ = [
     "Classes",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
 
 
@@ -22,7 +23,7 @@ def code_logits(h: jax.Array, codes: jax.Array) -> jax.Array:
     Returns:
         float32 (..., K).
     """
-    return jnp.einsum("...d,kd->...k", h, codes, preferred_element_type=jnp.float32)
+    return product(h, codes)
 
 
 def code_log_mass(

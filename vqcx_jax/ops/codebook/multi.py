@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import closed_form
+from vqcx_jax.ops.product import product
 
 CodeLogits = tuple[jax.Array, ...]
 
@@ -53,9 +54,7 @@ def product_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLog
         raise UserError(f"codebooks have widths {widths}; they must add up to {h.shape[-1]}")
     if len({codes.shape for codes in codebooks}) == 1:  # One batched product instead of M.
         h_xMxD = h.reshape(*h.shape[:-1], len(widths), widths[0])
-        stacked = jnp.einsum(
-            "...md,mkd->m...k", h_xMxD, jnp.stack(codebooks), preferred_element_type=jnp.float32
-        )
+        stacked = product(h_xMxD, jnp.stack(codebooks), "...md,mkd->m...k")
         # Not tuple(stacked): the gradient of M slices is a sum of M arrays as large as the whole.
         return tuple(jnp.unstack(stacked))
     slices = jnp.split(h, list(itertools.accumulate(widths))[:-1], axis=-1)

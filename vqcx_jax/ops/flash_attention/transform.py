@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.attention.planes import Pair
 from vqcx_jax.ops.attention.trig import arctan2, cos_sin
 
 # 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
@@ -63,7 +64,7 @@ def turned(
         cos, sin = cos_sin(_position_phase(positions, planes))
         y = jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos])
         return (y if scale == 1.0 else scale * y), Turn(cos, sin, None)
-    radius, theta = _polar(real, imag)
+    radius, theta = polar(real, imag)
     cos, sin = cos_sin(planes.delta * theta + _position_phase(positions, planes))
     if scale != 1.0:
         radius = scale * radius
@@ -83,13 +84,25 @@ def pull_back(
     """
     real, imag = _halves(x)
     d_real, d_imag = _halves(cotangent)
-    along = turn.cos * d_real + turn.sin * d_imag
-    across = turn.cos * d_imag - turn.sin * d_real
     positions = positions.astype(jnp.float32)
     if planes.delta is None or turn.theta is None:
+        along = turn.cos * d_real + turn.sin * d_imag
+        across = turn.cos * d_imag - turn.sin * d_real
         d_phase = real * across - imag * along
         gradients = PhaseGradients(positions * d_phase, None, d_phase)
         return jnp.concatenate([along, across]), gradients
+    d_halves, d_phase = pull_back_halves((real, imag), planes.delta, turn, (d_real, d_imag))
+    gradients = PhaseGradients(positions * d_phase, turn.theta * d_phase, d_phase)
+    return jnp.concatenate(d_halves), gradients
+
+
+def pull_back_halves(
+    x: Pair, delta: jax.Array, turn: Turn, cotangent: Pair
+) -> tuple[Pair, jax.Array]:
+    """`pull_back` of real and imaginary parts: their gradients, and that by the phase."""
+    real, imag = x
+    along = turn.cos * cotangent[0] + turn.sin * cotangent[1]
+    across = turn.cos * cotangent[1] - turn.sin * cotangent[0]
     # The unit vector of theta, by a division by the larger part first: squares of tiny numbers
     # would be 0.
     larger = jnp.maximum(jnp.abs(real), jnp.abs(imag))
@@ -100,11 +113,19 @@ def pull_back(
     shrink = jax.lax.rsqrt(square)
     cos_theta, sin_theta = cos_theta * shrink, sin_theta * shrink
     d_phase = larger * (square * shrink) * across
-    across = planes.delta * across
-    d_x = jnp.concatenate(
-        [cos_theta * along - sin_theta * across, sin_theta * along + cos_theta * across]
-    )
-    return d_x, PhaseGradients(positions * d_phase, turn.theta * d_phase, d_phase)
+    across = delta * across
+    d_x = (cos_theta * along - sin_theta * across, sin_theta * along + cos_theta * across)
+    return d_x, d_phase
+
+
+def polar(real: jax.Array, imag: jax.Array) -> Pair:
+    """Radius and angle; the radius shares the quotient of `arctan2`."""
+    abs_real, abs_imag = jnp.abs(real), jnp.abs(imag)
+    larger = jnp.maximum(abs_real, abs_imag)
+    is_tiny = larger < 1e-37
+    t = jnp.where(is_tiny, 0.0, jnp.minimum(abs_real, abs_imag) / jnp.where(is_tiny, 1.0, larger))
+    square = 1.0 + t * t
+    return larger * (square * jax.lax.rsqrt(square)), arctan2(imag, real)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,13 +140,3 @@ def _position_phase(positions: jax.Array, planes: Planes) -> jax.Array:
     for part in _TURN:
         angle = angle - turns * part
     return angle if planes.bias is None else angle + planes.bias
-
-
-def _polar(real: jax.Array, imag: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Radius and angle; the radius shares the quotient of `arctan2`."""
-    abs_real, abs_imag = jnp.abs(real), jnp.abs(imag)
-    larger = jnp.maximum(abs_real, abs_imag)
-    is_tiny = larger < 1e-37
-    t = jnp.where(is_tiny, 0.0, jnp.minimum(abs_real, abs_imag) / jnp.where(is_tiny, 1.0, larger))
-    square = 1.0 + t * t
-    return larger * (square * jax.lax.rsqrt(square)), arctan2(imag, real)

@@ -8,8 +8,8 @@ one length, see `trees.huffman_paths`.
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax.full import logits
-from vqcx_jax.ops.softmax.product import product
 from vqcx_jax.ops.varying import varying_like
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.hierarchical.grouping import block_size, make_blocks
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import full
-from vqcx_jax.ops.softmax.product import product
 from vqcx_jax.ops.varying import varying_like
 
 

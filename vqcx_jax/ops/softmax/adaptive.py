@@ -17,9 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import low_rank
 from vqcx_jax.ops.softmax.full import logits
-from vqcx_jax.ops.softmax.product import product
 from vqcx_jax.ops.softmax.streamed import nll as streamed_nll
 from vqcx_jax.ops.varying import varying_like
 

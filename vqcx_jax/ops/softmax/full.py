@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
-from vqcx_jax.ops.softmax.product import product
 
 
 def logits(

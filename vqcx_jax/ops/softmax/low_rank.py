@@ -5,8 +5,8 @@ V R + R D weights in place of V D. A row of U is a token's vector, A h the hidde
 
 import jax
 
+from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import full
-from vqcx_jax.ops.softmax.product import product
 
 
 def logits(

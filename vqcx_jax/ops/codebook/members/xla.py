@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights
+from vqcx_jax.ops.product import product
 
 
 def nll(
@@ -41,4 +42,4 @@ def logits(h: jax.Array, weights: Weights, classes: Classes, class_: jax.Array) 
 def code_logits(h: jax.Array, codebooks: jax.Array) -> jax.Array:
     """Products of the slices of h with the codebooks, float32 (M, ..., K)."""
     h_xMxW = h.reshape(*h.shape[:-1], *codebooks.shape[::2])
-    return jnp.einsum("...mw,mkw->m...k", h_xMxW, codebooks, preferred_element_type=jnp.float32)
+    return product(h_xMxW, codebooks, "...mw,mkw->m...k")

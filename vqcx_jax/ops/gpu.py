@@ -1,0 +1,30 @@
+"""What kernels for Hopper GPUs share. They are written for Pallas's Mosaic GPU backend."""
+
+import importlib
+from typing import Any
+
+import jax
+
+from vqcx_jax.ops import device, dispatch
+
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
+
+
+def require_hopper() -> None:
+    """Raises `NotSupported` where kernels for Hopper cannot run."""
+    kind = device.current().kind
+    if not kind.startswith(_HOPPER):
+        raise dispatch.NotSupported(f"device {kind!r}: kernels are for Hopper GPUs")
+    if jax.__version_info__ < (0, 11):
+        raise dispatch.NotSupported(f"jax {jax.__version__}: kernels for GPUs need 0.11")
+
+
+def pallas() -> Any:
+    """The module `jax.experimental.pallas.mosaic_gpu`, which nobody else needs to import."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A kernel's result, said to vary over the mesh axes of `shard_map` that `like` varies over."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
