@@ -35,6 +35,7 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_chunks,
     for_kinds,
     masked,
+    meeting_tiles,
     planes_of,
     strips_of_keys,
 )
@@ -163,6 +164,9 @@ def _chunk(
             Operand("q_segments", inputs.segment_ids, (None, 1, block_q), at.of_query_row),
             Operand("k_segments", inputs.segment_ids, (None, 1, block_kv), of_key_row),
         ]
+    meeting = []
+    if inputs.segment_ids is not None:
+        meeting = [meeting_tiles(inputs.segment_ids, plan, block_q, block_kv, start)]
     is_whole = length == num_blocks * block_kv
     d_q = out_shape(q.shape, q.dtype if is_whole else jnp.float32, q)
     d_k = out_shape((batch, num_kv_heads, num_blocks * block_kv, width), k.dtype, k)
@@ -185,7 +189,7 @@ def _chunk(
         phases[f"q_{name}"] = pltpu.VMEM((num_planes, block_q), jnp.float32)
         phases[f"k_{name}"] = pltpu.VMEM((num_blocks, num_planes, block_kv), jnp.float32)
     results = call(
-        lambda refs: _kernel(refs, plan, settings, group),
+        lambda refs: _kernel(refs, plan, settings, at),
         name="vqcx_flash_bwd",
         grid=(batch * num_kv_heads, group, plan.num_steps),
         tables=[
@@ -195,6 +199,7 @@ def _chunk(
             plan.last_fetch,
             plan.both_fetch,
             plan.code,
+            *meeting,
         ],
         inputs=operands,
         outputs=outputs,
@@ -236,9 +241,10 @@ def _add(total_ref: Any, terms: jax.Array) -> None:
         total_ref[...] += terms[:, start : start + LANES]
 
 
-def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, group: int) -> None:
+def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indices) -> None:
     group_index, step = pl.program_id(1), pl.program_id(2)
-    code, slot = refs["tables"][5][step], refs["tables"][1][step]
+    _, k_block_ref, _, _, _, code_ref, *meeting = refs["tables"]
+    code, slot = code_ref[step], k_block_ref[step]
     block_q, block_kv = settings.blocks.block_q_backward, settings.blocks.block_kv_backward
     float32 = jnp.float32
 
@@ -288,7 +294,9 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, group: int) ->
 
         for_chunks(block_q, take)
 
-    for_kinds(plan, code, lambda kind: _tile(refs, kind, settings, slot))
+    @indices.where_meeting(meeting)
+    def tile() -> None:
+        for_kinds(plan, code, lambda kind: _tile(refs, kind, settings, slot))
 
     @pl.when(code & LAST_OF_ROW != 0)
     def finish_row() -> None:
@@ -309,7 +317,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, group: int) ->
 
         for_chunks(block_q, write)
 
-    @pl.when((code & LAST_OF_KEY != 0) & (group_index == group - 1))
+    @pl.when((code & LAST_OF_KEY != 0) & (group_index == indices.group - 1))
     def finish_keys() -> None:
         refs["d_v"][...] = refs["d_values"][slot].astype(refs["d_v"].dtype)
         planes = planes_of(refs, with_bias=False)

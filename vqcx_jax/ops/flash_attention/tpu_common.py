@@ -175,6 +175,13 @@ class Indices(NamedTuple):
         """Query head."""
         return self.kv_head(n) * self.group + g
 
+    def where_meeting(self, meeting: Sequence[Any]) -> Callable[[Callable[[], None]], None]:
+        """Runs a function if `meeting_tiles`, where there is such a table, has the tile at hand."""
+        if not meeting:
+            return lambda body: body()
+        batch, step = self.batch(pl.program_id(0)), pl.program_id(2)
+        return pl.when(meeting[0][batch, step] != 0)
+
     # Index maps of operands whose blocks go by the query block of a step, tables[0].
 
     def of_queries(self, n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
@@ -326,6 +333,29 @@ def masked(
             part = jnp.where(functools.reduce(jnp.logical_and, shown), part, MASKED)
         parts.append(part)
     return jnp.concatenate(parts, axis=1)
+
+
+def meeting_tiles(
+    segment_ids: jax.Array, plan: Plan, block_q: int, block_kv: int, first_key_block: int = 0
+) -> jax.Array:
+    """1 for each tile of the plan in which a query and a key may be of one segment, else 0.
+
+    Judged by the least and the largest id of 128 positions at a time: where ids rise along a row,
+    as in packed documents, few tiles are taken in vain.
+
+    Args:
+        segment_ids: int32 (B, 1, T). first_key_block: where the plan's key blocks begin.
+
+    Returns:
+        int32 (B, steps).
+    """
+    ids_BxCxL = segment_ids.reshape(len(segment_ids), -1, LANES)
+    least, largest = jnp.min(ids_BxCxL, axis=-1), jnp.max(ids_BxCxL, axis=-1)
+    meet_BxQxK = (least[:, :, None] <= largest[:, None]) & (least[:, None] <= largest[:, :, None])
+    num_q, num_kv = (least.shape[1] * LANES // block for block in (block_q, block_kv))
+    tiles = (len(segment_ids), num_q, block_q // LANES, num_kv, block_kv // LANES)
+    any_meet = jnp.any(meet_BxQxK.reshape(tiles), axis=(2, 4))
+    return any_meet[:, plan.q_block, plan.k_block + first_key_block].astype(jnp.int32)
 
 
 def for_kinds(plan: Plan, code: jax.Array, body: Callable[[Kind], None]) -> None:

@@ -32,6 +32,7 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_chunks,
     for_kinds,
     masked,
+    meeting_tiles,
     planes_of,
     strips_of_queries,
 )
@@ -90,12 +91,15 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
             Operand("q_segments", inputs.segment_ids, (None, 1, block_q), at.of_query_row),
             Operand("k_segments", inputs.segment_ids, (None, 1, block_kv), of_key_row),
         ]
+    meeting = []
+    if inputs.segment_ids is not None:
+        meeting = [meeting_tiles(inputs.segment_ids, plan, block_q, block_kv)]
     cached_blocks = num_key_blocks if is_cached else 1
     results = call(
-        lambda refs: _kernel(refs, plan, settings, is_cached),
+        lambda refs: _kernel(refs, plan, settings, is_cached, at),
         name="vqcx_flash_fwd",
         grid=(batch * num_kv_heads, group, plan.num_steps),
-        tables=[plan.q_block, plan.k_block, fetch, plan.code],
+        tables=[plan.q_block, plan.k_block, fetch, plan.code, *meeting],
         inputs=operands,
         outputs=[
             Operand(
@@ -125,9 +129,11 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
     return results["out"], results["lse"]
 
 
-def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, is_cached: bool) -> None:
+def _kernel(
+    refs: dict[str, Any], plan: Plan, settings: Settings, is_cached: bool, indices: Indices
+) -> None:
     group_index, step = pl.program_id(1), pl.program_id(2)
-    _, k_block_ref, _, code_ref = refs["tables"]
+    _, k_block_ref, _, code_ref, *meeting = refs["tables"]
     code = code_ref[step]
     block_q, block_kv = settings.blocks.block_q, settings.blocks.block_kv
     slot = k_block_ref[step] if is_cached else 0
@@ -164,7 +170,9 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, is_cached: boo
     else:
         take_keys()
 
-    for_kinds(plan, code, lambda kind: _tile(refs, kind, settings, slot))
+    @indices.where_meeting(meeting)
+    def tile() -> None:
+        for_kinds(plan, code, lambda kind: _tile(refs, kind, settings, slot))
 
     @pl.when(code & LAST_OF_ROW != 0)
     def finish_row() -> None:
