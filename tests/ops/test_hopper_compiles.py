@@ -15,6 +15,7 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.attention.base import HEADS, PER_HEAD
 from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.ops import attention, device, dispatch
+from vqcx_jax.ops.codebook import streaming
 from vqcx_jax.ops.euler_turn import queries_and_keys
 from vqcx_jax.sharding import make_mesh, partition_spec, per_device
 
@@ -63,6 +64,24 @@ def compiled(function: Any, mesh: jax.sharding.Mesh, args: Any, axes: Any) -> An
         assert device.current() == device.Device("gpu", "NVIDIA H100 80GB HBM3")
         traced = jax.jit(function).trace(*described)
         return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+@pytest.mark.parametrize("num_codes", [(40, 60, 80), (16,) * 16])
+def test_log_z(num_codes: tuple[int, ...]) -> None:
+    """Values and gradients, with scales."""
+    num_positions, vocab_size = 1000, 5003
+    code_logits = tuple(jnp.zeros((num_positions, n)) for n in num_codes)
+    args = (jnp.zeros((vocab_size, len(num_codes)), jnp.int32), *jnp.zeros((2, vocab_size)))
+
+    def loss(*args: jax.Array) -> jax.Array:
+        codes, bias, scale, *code_logits = args
+        options = {"implementation": "mosaic_gpu", "product_dtype": "bfloat16"}
+        return jnp.sum(streaming.log_z(tuple(code_logits), codes, bias, scale, **options))
+
+    gradients = jax.grad(loss, tuple(range(1, 3 + len(num_codes))))
+    arrays = (*args, *code_logits)
+    program = compiled(gradients, mesh_of(1), arrays, [(None,) * x.ndim for x in arrays])
+    assert program.as_text().count("mosaic_gpu") >= 2
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])

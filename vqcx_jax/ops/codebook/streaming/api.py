@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.checks import check_per_token
-from vqcx_jax.ops.codebook.streaming import tpu, xla
+from vqcx_jax.ops.codebook.streaming import mosaic_gpu, tpu, xla
 
 
 def log_z(
@@ -25,7 +25,7 @@ def log_z(
     Args:
         code_logits: M arrays, float32 (..., K_m). assignment: int (V, M), column m in [0, K_m).
         bias, scale: (V,) or None.
-        implementation: "xla", "pallas_tpu", or None: the kernel where there is one.
+        implementation: "xla", "pallas_tpu", "mosaic_gpu" (Hopper), or None: the kernel on TPUs.
         product_dtype: what a kernel may round code logits and probabilities to before it
             multiplies them on a matrix unit: float32 (not at all) or bfloat16. Sums are float32.
 
@@ -44,4 +44,8 @@ def log_z(
         dispatch.XLA: functools.partial(xla.log_z, *arrays),
         dispatch.PALLAS_TPU: functools.partial(tpu.log_z, *arrays, product_dtype=product_dtype),
     }
+    if implementation == dispatch.MOSAIC_GPU:  # By name alone: it has not been timed yet.
+        implementations[dispatch.MOSAIC_GPU] = functools.partial(
+            mosaic_gpu.log_z, *arrays, product_dtype=product_dtype
+        )
     return dispatch.run("codebook.streaming.log_z", implementations, implementation)

@@ -1,0 +1,101 @@
+"""The Hopper kernel of the streamed loss, interpreted, against the definition."""
+
+import functools
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from versions import newest_jax
+
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops import device, dispatch
+from vqcx_jax.ops.codebook import streaming
+from vqcx_jax.ops.codebook.streaming import reference
+
+kernel = functools.partial(streaming.log_z, implementation="mosaic_gpu", product_dtype="bfloat16")
+
+
+class Case(NamedTuple):
+    """Code logits of shape `leading` for codebooks of so many codes."""
+
+    leading: tuple[int, ...]
+    num_codes: tuple[int, ...]
+    vocab_size: int
+    has_scale: bool = True
+    banned: int = 0  # So many first tokens have a bias of -inf.
+
+
+CASES = {
+    "ragged": Case((5, 14), (7, 20, 13), 300),
+    "several_blocks": Case((150,), (40, 50), 200, has_scale=False),
+    "banned": Case((3,), (16,) * 4, 400, banned=260),
+}
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device that says it is an H100, and kernels that are interpreted, looking for races."""
+    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+def make(case: Case) -> tuple[Any, Any, jax.Array]:
+    """Arrays with gradients, codes, cotangents. Times log2 e, code logits are bfloat16 numbers."""
+    rng = np.random.default_rng(0)
+    rounded = [
+        jnp.asarray(rng.standard_normal((*case.leading, n)), jnp.bfloat16) for n in case.num_codes
+    ]
+    code_logits = tuple(x.astype(jnp.float32) / math.log2(math.e) for x in rounded)
+    codes = np.stack([rng.integers(n, size=case.vocab_size) for n in case.num_codes], axis=1)
+    bias = rng.standard_normal(case.vocab_size)
+    bias[: case.banned] = -np.inf
+    scale = jnp.asarray(1 + 0.2 * rng.standard_normal(case.vocab_size), jnp.float32)
+    arrays = (code_logits, jnp.asarray(bias, jnp.float32), scale if case.has_scale else None)
+    return arrays, jnp.asarray(codes), jnp.asarray(rng.standard_normal(case.leading), jnp.float32)
+
+
+def values_and_gradients(function: Any, arrays: Any, codes: Any, cotangents: Any) -> Any:
+    def log_z(code_logits: Any, bias: Any, scale: Any) -> Any:
+        return function(code_logits, codes, bias, scale)
+
+    result, pull_back = jax.vjp(log_z, *arrays)
+    return result, pull_back(cotangents)
+
+
+@newest_jax
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_definition(case: Case, hopper: None, in_float64: Any, max_error: Any) -> None:
+    """What is rounded to bfloat16 are gradients by token logits, for those by code logits."""
+    args = make(case)
+    log_z, gradients = values_and_gradients(kernel, *args)
+    expected = in_float64(functools.partial(values_and_gradients, reference.log_z), *args)
+    np.testing.assert_allclose(log_z, expected[0], rtol=1e-5, atol=1e-5)
+    for actual, true in zip(gradients[0], expected[1][0], strict=True):
+        assert max_error(actual, true) <= 2.0**-8
+    for actual, true in zip(gradients[1:], expected[1][1:], strict=True):
+        assert actual is None or max_error(actual, true) <= 1e-5
+
+
+@newest_jax
+def test_what_it_cannot_do(hopper: None) -> None:
+    arrays, codes, _ = make(CASES["ragged"])
+    with pytest.raises(UserError, match="product_dtype=float32: must be bfloat16"):
+        streaming.log_z(arrays[0], codes, implementation="mosaic_gpu")
+    wide = (jnp.zeros((3, 200)), jnp.zeros((3, 100)))
+    with pytest.raises(UserError, match="300 code logits: at most 256"):
+        kernel(wide, jnp.zeros((7, 2), jnp.int32))
+
+
+def test_it_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
+    arrays, codes, _ = make(CASES["ragged"])
+    with dispatch.record() as traced:
+        streaming.log_z(arrays[0], codes, product_dtype="bfloat16")
+    assert traced == [("codebook.streaming.log_z", "xla")]
