@@ -8,7 +8,10 @@ from typing import Annotated
 
 from vqcx_jax import cli
 from vqcx_jax.config import apply_overrides, load_config
-from vqcx_jax.training import train
+from vqcx_jax.config.schema import Config
+from vqcx_jax.config.schema.types import NonNegative, Positive
+from vqcx_jax.errors import UserError
+from vqcx_jax.training import TrainResult, processes, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,17 +22,35 @@ class Flags:
         Path(__file__).parent / "configs/quickstart.py"
     )
     workdir: Annotated[str, "directory of the run: checkpoints, metrics"] = "runs/quickstart"
+    distributed: Annotated[
+        bool, "one of several processes with the same command, as on TPU pods and under SLURM"
+    ] = False
+    coordinator: Annotated[str | None, "distributed: HOST:PORT of process 0; none: found"] = None
+    num_processes: Annotated[Positive | None, "distributed: with coordinator"] = None
+    process_id: Annotated[NonNegative | None, "distributed: with coordinator"] = None
 
 
 def main() -> None:
     flags, overrides = cli.parse_args(Flags, sys.argv[1:])
+    group = {name: getattr(flags, name) for name in ("coordinator", "num_processes", "process_id")}
+    if flags.distributed:
+        processes.connect(**group)
+    elif given := [name for name, value in group.items() if value is not None]:
+        raise UserError(f"{given[0]}={group[given[0]]}: only with distributed=true")
     config = apply_overrides(load_config(flags.config), overrides)
     workdir = Path(flags.workdir).expanduser()
     result = train(config, workdir)
+    if processes.is_first():
+        report(result, config, workdir)
+    if result.stopped_by:
+        sys.exit(128 + result.stopped_by)
+
+
+def report(result: TrainResult, config: Config, workdir: Path) -> None:
     print(f"\nstep {result.step}, checkpoint {result.checkpoint}")
     if result.stopped_by:
         print("stopped by a signal; the same command goes on from here")
-        sys.exit(128 + result.stopped_by)
+        return
     assert result.validation is not None
     print(f"validation perplexity {result.validation.perplexity:.2f} per token")
     prompt = config.train.sample_prompt

@@ -312,6 +312,8 @@ BAD_CONFIG = [
     (["--config=none.py"], "none.py: no such configuration file"),
     (["--config.optimizer.warmup_steps=6"], "must be less than train.steps=6"),
     (["--wrokdir=x"], "--wrokdir: no such flag (did you mean --workdir?)"),
+    (["--process_id=0"], "process_id=0: only with distributed=true"),
+    (["--distributed=true", "--num_processes=2"], "coordinator, process_id: must be given, too"),
 ]
 BAD_FIT = [
     (["--config.mesh.data=4"], "mesh.data=4 * mesh.fsdp=1 * mesh.tensor=1"),
