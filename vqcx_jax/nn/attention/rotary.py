@@ -62,7 +62,8 @@ class RotaryEncoding(Encoding):
     def __call__(self, q: jax.Array, k: jax.Array, info: TokenInfo) -> QueriesAndKeys:
         """See `Encoding`."""
         function, trained = self._adapt()
-        if function is ops.complex_queries_and_keys and self.attention.implementation != "xla":
+        may_be_kernel = q.shape[1] > 1 and self.attention.implementation != "xla"
+        if function is ops.complex_queries_and_keys and may_be_kernel:
             function = euler_turn.queries_and_keys
         table = info.table or self._table(info.positions)
         return self._encode(function, q, k, table, *trained)
