@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
+
 from vqcx_jax import cli
 from vqcx_jax.config import apply_overrides, load_config
 from vqcx_jax.config.schema import Config
@@ -40,7 +42,7 @@ def main() -> None:
     config = apply_overrides(load_config(flags.config), overrides)
     workdir = Path(flags.workdir).expanduser()
     result = train(config, workdir)
-    if processes.is_first():
+    if jax.process_index() == 0:  # It prints for all.
         report(result, config, workdir)
     if result.stopped_by:
         sys.exit(128 + result.stopped_by)

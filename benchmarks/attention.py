@@ -15,14 +15,13 @@ highest one. Memory is what the compiled program needs beside its arguments and 
 import argparse
 import dataclasses
 import itertools
-import statistics
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from timing import Step, compile_step, measure
+from timing import Step, compile_step, measure, print_ratios
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Attention, Transformer, functional
@@ -143,20 +142,6 @@ def randomised(params: Any) -> Any:
 STEPS = {"scores and sums": core_step, "layer": layer_step, "training step": training_step}
 
 
-def print_table(title: str, rows: dict[str, Step]) -> None:
-    base = rows["RoPE"]
-    print(f"\n| {title} | ms, median | time / RoPE's | MB | memory / RoPE's |")
-    print("|---|---|---|---|---|")
-    for name, row in rows.items():
-        ratios = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} - {max(ratios):.2f}]"
-        print(
-            f"| {name} | {1e3 * statistics.median(row.seconds):.3g} | {spread} "
-            f"| {row.temporary / 1e6:.1f} | {row.temporary / base.temporary:.2f} |",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
@@ -174,7 +159,7 @@ def main() -> None:
         for title, make in STEPS.items():
             rows = {name: make(kind, sizes) for name, kind in kinds.items()}
             measure(rows, args.repeats)
-            print_table(f"{title}, {sizes}", rows)
+            print_ratios(f"{title}, {sizes}", rows, "RoPE")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ row, which cuDNN is shown by a mask. Timing as in benchmarks/attention.py.
 import argparse
 import functools
 import itertools
-import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import Step, compile_step, measure
+from timing import Step, compile_step, measure, print_ratios
 
 from vqcx_jax.ops import attention, euler_turn
 
-TURNS = ("none", "rope", "xla", "mosaic_gpu")
+TURNS = ("none", "RoPE", "xla", "mosaic_gpu")
 SEGMENTS_A_ROW = 4
 
 
@@ -36,7 +35,7 @@ def core_step(turn: str, has_segments: bool, shape: tuple[int, int, int, int]) -
         q: jax.Array, k: jax.Array, v: jax.Array, delta: jax.Array, bias: jax.Array
     ) -> jax.Array:
         table = attention.rotary_table(positions, attention.rope_frequencies(head_dim))
-        if turn == "rope":
+        if turn == "RoPE":
             q, k = attention.rope_queries_and_keys(q, k, *table)
         elif turn != "none":
             encode = functools.partial(euler_turn.queries_and_keys, implementation=turn)
@@ -45,17 +44,6 @@ def core_step(turn: str, has_segments: bool, shape: tuple[int, int, int, int]) -
         return jnp.sum(out * y, dtype=jnp.float32)
 
     return compile_step(jax.value_and_grad(loss, (0, 1, 2, 3, 4)), q, k, v, delta, bias)
-
-
-def print_table(title: str, rows: dict[str, Step]) -> None:
-    base = rows["rope"]
-    print(f"\n| {title} | ms, median | time / RoPE's | MB |")
-    print("|---|---|---|---|")
-    for name, row in rows.items():
-        ratios = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
-        spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f} - {max(ratios):.3f}]"
-        milliseconds = 1e3 * statistics.median(row.seconds)
-        print(f"| {name} | {milliseconds:.3f} | {spread} | {row.temporary / 1e6:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -73,7 +61,7 @@ def main() -> None:
             for has_segments, turn in itertools.product((False, True), TURNS)
         }
         measure(rows, args.repeats)
-        print_table(text, rows)
+        print_ratios(text, rows, "RoPE")
 
 
 if __name__ == "__main__":

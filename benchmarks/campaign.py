@@ -273,13 +273,12 @@ def _train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str,
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
-    diverged = "NonFiniteLossError" in log_path.read_text()
-    if status and not diverged:
+    if _diverged(status, log_path.read_text()):
+        return {"loss": None}
+    if status:
         raise FailedError(f"train.py failed, see {log_path}")
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     steps = [record for record in metrics if "loss" in record]
-    if diverged:
-        return {"loss": None, "steps": len(steps)}
     seconds = [b["time"] - a["time"] for a, b in itertools.pairwise(steps[20:])]
     return {
         "loss": metrics[-1]["validation_loss"],
@@ -292,6 +291,11 @@ def _train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str,
         **_measure(workdir, campaign.lengths, log_path),
         "commit": _commit(),
     }
+
+
+def _diverged(status: int, log: str) -> bool:
+    """Did train.py end as it does when a loss is not finite? A bug has a traceback."""
+    return os.waitstatus_to_exitcode(status) == 1 and "Traceback" not in log
 
 
 def _parts(steps: list[Any], number: int = 10) -> Iterator[list[Any]]:
@@ -324,7 +328,7 @@ def _make_token_map(campaign: Campaign, name: str, work: Path, path: Path) -> No
 
 
 def _measure(workdir: Path, lengths: tuple[int, ...], log_path: Path) -> dict[str, Any]:
-    """What `measure_run.py` finds, which needs the devices to itself for a while."""
+    """What `measure_run.py` finds, in a process of its own, as it holds devices."""
     script = str(ROOT / "benchmarks" / "measure_run.py")
     command = [sys.executable, script, str(workdir), *map(str, lengths)]
     with log_path.open("a") as log:

@@ -1,6 +1,7 @@
 """Compiled steps, timed side by side."""
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,3 +51,18 @@ def measure(rows: dict[str, Step], repeats: int) -> None:
             # Large results of the row before are freed on another thread, up to 50 ms later.
             time.sleep(0.1)
             row.seconds.append(row.run(calls[name]) / calls[name])
+
+
+def print_ratios(title: str, rows: dict[str, Step], base: str) -> None:
+    """Times and memory of rows, and as a multiple of those of the row `base`, side by side."""
+    of_base = rows[base]
+    print(f"\n| {title} | ms, median | time / {base}'s | MB | memory / {base}'s |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        ratios = [a / b for a, b in zip(row.seconds, of_base.seconds, strict=True)]
+        spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f} - {max(ratios):.3f}]"
+        print(
+            f"| {name} | {1e3 * statistics.median(row.seconds):.3g} | {spread} "
+            f"| {row.temporary / 1e6:.1f} | {row.temporary / of_base.temporary:.2f} |",
+            flush=True,
+        )

@@ -95,6 +95,15 @@ def test_another_question_has_other_results(module: Any, campaign: Any, tmp_path
     assert asked == [module.Run("vq", rate, 0) for rate in (1.0, 2.0, 0.5)]
 
 
+def test_divergence_is_a_result_and_a_bug_is_none(module: Any) -> None:
+    """As `test_scripts.test_divergence` has it: exit code 1 and one line."""
+    line = "error: loss is nan at step 3; last good checkpoint: there is none"
+    assert module._diverged(1 << 8, line)
+    assert not module._diverged(1 << 8, "Traceback (most recent call last):")
+    assert not module._diverged(2 << 8, "error: train.steps=0: must be positive")
+    assert not module._diverged(9, "") and not module._diverged(0, "")
+
+
 def test_report(
     module: Any, campaign: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,6 @@
 """The turn of complex attention: the Hopper kernel, interpreted, against the formula."""
 
 import functools
-import importlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +34,6 @@ CASES = {
     "frequencies_of_heads": Case(1, 19, 4, 2, 32, per_head=True),
     "eulerformer": Case(1, 300, 2, 2, 128, shared_planes=True),
 }
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device that says it is an H100, and kernels that are interpreted, looking for races."""
-    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
 
 
 def make(case: Case, dtype: Any) -> tuple[Any, Any]:

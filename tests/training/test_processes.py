@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import pytest
 
 from vqcx_jax.errors import UserError
@@ -28,6 +29,7 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
 
 def test_there_is_no_cluster() -> None:
     """This process has used its devices, and knows no coordinator: JAX's reason in one line."""
+    jax.devices()
     with pytest.raises(UserError, match=r"^distributed=true: .+$") as error:
         processes.connect()
     assert "\n" not in str(error.value)

@@ -22,9 +22,3 @@ def require_hopper() -> None:
 def pallas() -> Any:
     """The module `jax.experimental.pallas.mosaic_gpu`, which nobody else needs to import."""
     return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-
-
-def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """A kernel's result, said to vary over the mesh axes of `shard_map` that `like` varies over."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, axes, to="varying") if axes else x

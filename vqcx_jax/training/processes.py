@@ -34,8 +34,3 @@ def connect(
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"distributed=true: {reason}") from error
-
-
-def is_first() -> bool:
-    """The one that writes and prints for all."""
-    return jax.process_index() == 0

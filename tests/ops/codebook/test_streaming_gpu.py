@@ -1,9 +1,7 @@
 """The Hopper kernel of the streamed loss, interpreted, against the definition."""
 
 import functools
-import importlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,15 +33,6 @@ CASES = {
     "several_blocks": Case((150,), (40, 50), 200, has_scale=False),
     "banned": Case((3,), (16,) * 4, 400, banned=260),
 }
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A device that says it is an H100, and kernels that are interpreted, looking for races."""
-    plgpu = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
-    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
 
 
 def make(case: Case) -> tuple[Any, Any, jax.Array]:

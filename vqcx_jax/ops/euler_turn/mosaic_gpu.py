@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 
 from vqcx_jax.ops import attention, dispatch, gpu
 from vqcx_jax.ops.attention.planes import per_query_head
+from vqcx_jax.ops.attention.polar import Turn, polar, pull_back_pair
 from vqcx_jax.ops.attention.trig import arctan2, cos_sin
-from vqcx_jax.ops.flash_attention import transform
 from vqcx_jax.ops.varying import varying_like
 
 # Numbers of one half of a tile: 16 a thread. Tiles of a block, one after the other.
@@ -117,7 +117,7 @@ def _forward(
 
         def turn(index: Any, real_ref: Any, imag_ref: Any, cos_ref: Any, sin_ref: Any) -> None:
             real, imag = (ref[...].astype(jnp.float32) for ref in (real_ref, imag_ref))
-            radius, theta = transform.polar(real, imag)
+            radius, theta = polar(real, imag)
             phase = _phase(delta * theta + bias, cos_ref[...], sin_ref[...])
             result = (radius * phase[0], radius * phase[1])
             step = block * plan.steps + index[0]
@@ -141,7 +141,7 @@ def _forward(
         ],
     )
     y = kernel(x, cos, sin, *(_for_rows(y, plan) for y in (delta, bias)))
-    return gpu.varying_as(y, x)
+    return varying_like(y, x)
 
 
 def _backward(
@@ -170,10 +170,8 @@ def _backward(
             *refs, (delta_sum, bias_sum) = refs_and_sums
             real, imag, d_real, d_imag, cos, sin = (ref[...].astype(jnp.float32) for ref in refs)
             theta = arctan2(imag, real)
-            turn = transform.Turn(*_phase(delta * theta + bias, cos, sin), theta)
-            result, d_phase = transform.pull_back_halves(
-                (real, imag), delta, turn, (d_real, d_imag)
-            )
+            turn = Turn(*_phase(delta * theta + bias, cos, sin), theta)
+            result, d_phase = pull_back_pair((real, imag), delta, turn, (d_real, d_imag))
             step = block * plan.steps + index[0]
             _write(plgpu, result, (real_out, imag_out), dx_ref, (batch, step, head), index[0])
             return delta_sum + theta * d_phase, bias_sum + d_phase
@@ -210,7 +208,7 @@ def _backward(
     )
     planes = (_for_rows(y, plan) for y in (delta, bias))
     results = kernel(x, cos, sin, *planes, cotangent.astype(x.dtype))
-    dx, sums = (gpu.varying_as(y, x) for y in results)
+    dx, sums = (varying_like(y, x) for y in results)
     d_delta, d_bias = jnp.moveaxis(jnp.sum(sums, axis=(0, 1, 4)), 1, 0)
     return dx, d_delta, d_bias
 

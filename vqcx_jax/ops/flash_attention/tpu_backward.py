@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vqcx_jax.ops.attention.polar import Turn
 from vqcx_jax.ops.flash_attention.tiles import (
     FIRST_OF_ROW,
     LAST_OF_KEY,
@@ -41,7 +42,6 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
 )
 from vqcx_jax.ops.flash_attention.transform import (
     PhaseGradients,
-    Turn,
     pull_back,
     turned,
 )

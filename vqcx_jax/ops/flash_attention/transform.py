@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vqcx_jax.ops.attention.planes import Pair
-from vqcx_jax.ops.attention.trig import arctan2, cos_sin
+from vqcx_jax.ops.attention.polar import Turn, polar, pull_back_pair
+from vqcx_jax.ops.attention.trig import cos_sin
 
 # 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
 _TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
@@ -27,17 +27,6 @@ class Planes(NamedTuple):
     omega: jax.Array
     delta: jax.Array | None
     bias: jax.Array | None
-
-
-class Turn(NamedTuple):
-    """What `turned` found out and `pull_back` needs, float32 (P, n) each.
-
-    cos, sin: of the phases after the turn. theta: of those before; None if it was not needed.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    theta: jax.Array | None
 
 
 class PhaseGradients(NamedTuple):
@@ -91,41 +80,9 @@ def pull_back(
         d_phase = real * across - imag * along
         gradients = PhaseGradients(positions * d_phase, None, d_phase)
         return jnp.concatenate([along, across]), gradients
-    d_halves, d_phase = pull_back_halves((real, imag), planes.delta, turn, (d_real, d_imag))
+    d_halves, d_phase = pull_back_pair((real, imag), planes.delta, turn, (d_real, d_imag))
     gradients = PhaseGradients(positions * d_phase, turn.theta * d_phase, d_phase)
     return jnp.concatenate(d_halves), gradients
-
-
-def pull_back_halves(
-    x: Pair, delta: jax.Array, turn: Turn, cotangent: Pair
-) -> tuple[Pair, jax.Array]:
-    """`pull_back` of real and imaginary parts: their gradients, and that by the phase."""
-    real, imag = x
-    along = turn.cos * cotangent[0] + turn.sin * cotangent[1]
-    across = turn.cos * cotangent[1] - turn.sin * cotangent[0]
-    # The unit vector of theta, by a division by the larger part first: squares of tiny numbers
-    # would be 0.
-    larger = jnp.maximum(jnp.abs(real), jnp.abs(imag))
-    is_tiny = larger < 1e-37
-    inverse = 1.0 / jnp.where(is_tiny, 1.0, larger)
-    cos_theta, sin_theta = jnp.where(is_tiny, 1.0, real * inverse), imag * inverse
-    square = cos_theta * cos_theta + sin_theta * sin_theta
-    shrink = jax.lax.rsqrt(square)
-    cos_theta, sin_theta = cos_theta * shrink, sin_theta * shrink
-    d_phase = larger * (square * shrink) * across
-    across = delta * across
-    d_x = (cos_theta * along - sin_theta * across, sin_theta * along + cos_theta * across)
-    return d_x, d_phase
-
-
-def polar(real: jax.Array, imag: jax.Array) -> Pair:
-    """Radius and angle; the radius shares the quotient of `arctan2`."""
-    abs_real, abs_imag = jnp.abs(real), jnp.abs(imag)
-    larger = jnp.maximum(abs_real, abs_imag)
-    is_tiny = larger < 1e-37
-    t = jnp.where(is_tiny, 0.0, jnp.minimum(abs_real, abs_imag) / jnp.where(is_tiny, 1.0, larger))
-    square = 1.0 + t * t
-    return larger * (square * jax.lax.rsqrt(square)), arctan2(imag, real)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ S that a third one fetches. Powers of two as in `tpu`: l and bias come times log
 Nothing with N V numbers is ever written.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -67,9 +68,10 @@ def log_z(
     l_NxC = jnp.concatenate([l.reshape(-1, l.shape[-1]) for l in code_logits], axis=1)
     padding = (-num_positions % block, padded_codes - sum(num_codes))
     l_NxC = jnp.pad(_LOG2_E * l_NxC, [(0, n) for n in padding]).astype(jnp.bfloat16)
-    multiple = max(_TOKENS) * _parts(len(l_NxC), len(assignment))
+    parts = _parts(len(l_NxC), len(assignment))
+    multiple = max(_TOKENS) * parts
     tokens = _tokens(assignment, num_codes, padded_codes, multiple, bias, scale)
-    log2_z_N = _log2_z(l_NxC, jax.tree.map(lambda x: varying_like(x, l_NxC), tokens))
+    log2_z_N = _log2_z(parts, l_NxC, jax.tree.map(lambda x: varying_like(x, l_NxC), tokens))
     return (log2_z_N[:num_positions] / _LOG2_E).reshape(leading)
 
 
@@ -96,19 +98,19 @@ def _tokens(
     )
 
 
-@jax.custom_vjp
-def _log2_z(l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
-    return _forward(l_NxC, tokens)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log2_z(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
+    return _forward(parts, l_NxC, tokens)
 
 
-def _log2_z_fwd(l_NxC: jax.Array, tokens: _Tokens) -> tuple[jax.Array, Any]:
-    log2_z_N = _forward(l_NxC, tokens)
+def _log2_z_fwd(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> tuple[jax.Array, Any]:
+    log2_z_N = _forward(parts, l_NxC, tokens)
     return log2_z_N, (l_NxC, tokens, log2_z_N)
 
 
-def _log2_z_bwd(residuals: Any, g_N: jax.Array) -> tuple[jax.Array, _Tokens]:
+def _log2_z_bwd(parts: int, residuals: Any, g_N: jax.Array) -> tuple[jax.Array, _Tokens]:
     l_NxC, tokens, log2_z_N = residuals
-    d_l_NxC, d_scale_V, d_bias_V = _backward(l_NxC, tokens, log2_z_N, g_N)
+    d_l_NxC, d_scale_V, d_bias_V = _backward(parts, l_NxC, tokens, log2_z_N, g_N)
     d_tokens = _Tokens(jnp.zeros_like(tokens.s_VxC), d_scale_V, d_bias_V)
     return d_l_NxC.astype(l_NxC.dtype), d_tokens
 
@@ -122,12 +124,10 @@ def _parts(num_rows: int, vocab_size: int) -> int:
     return min(wanted, pl.cdiv(vocab_size, max(_TOKENS)))
 
 
-def _forward(l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
+def _forward(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
     plgpu = gpu.pallas()
     num_rows, num_codes = l_NxC.shape
-    size = _TOKENS[0]
-    parts = _parts(num_rows, len(tokens.bias_V))
-    tiles = _Tiles(len(tokens.bias_V) // (size * parts), parts)
+    tiles = _tiles(_TOKENS[0], parts, tokens)
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def body(
@@ -168,49 +168,31 @@ def _forward(l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
             e = jnp.exp2(z - lax.broadcast_in_dim(shift, z.shape, [0]))
             return new_peak, total * jnp.exp2(peak - shift) + e.sum(axis=1)
 
-        plgpu.emit_pipeline_warp_specialized(
-            tile,
-            grid=(tiles.steps,),
-            in_specs=_specs(plgpu, tiles, part, size, num_codes),
-            max_concurrent_steps=_STAGES,
-            memory_registers=40,
-            wg_axis="warpgroup",
-            num_compute_wgs=_WARPGROUPS,
-            compute_context=compute,
-        )(s_ref, scale_ref, bias_ref)
+        _for_tiles(plgpu, tile, compute, tiles, part, (s_ref, scale_ref, bias_ref))
 
     row_smem = plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32)
     shape = jax.ShapeDtypeStruct((tiles.parts, num_rows), jnp.float32)
-    peak, total = plgpu.kernel(
-        body,
-        out_type=[shape, shape],
-        grid=(num_rows // (_ROWS * _WARPGROUPS), tiles.parts),
-        grid_names=_GRID,
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            _tile_smem(plgpu, (_WARPGROUPS, _ROWS, num_codes)),
-            row_smem,
-            row_smem,
-            plgpu.Barrier(num_barriers=_WARPGROUPS),
-        ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(l_NxC, *tokens)
-    peak, total = (gpu.varying_as(x, l_NxC) for x in (peak, total))
+    scratch = [
+        _tile_smem(plgpu, (_WARPGROUPS, _ROWS, num_codes)),
+        row_smem,
+        row_smem,
+        plgpu.Barrier(num_barriers=_WARPGROUPS),
+    ]
+    results = _launch(plgpu, body, tiles, num_rows, [shape, shape], scratch)(l_NxC, *tokens)
+    peak, total = (varying_like(x, l_NxC) for x in results)
     largest = jnp.max(peak, axis=0)
     shift = jnp.where(largest == -jnp.inf, 0.0, largest)
     return largest + jnp.log2(jnp.sum(total * jnp.exp2(peak - shift), axis=0))
 
 
 def _backward(
-    l_NxC: jax.Array, tokens: _Tokens, log2_z_N: jax.Array, g_N: jax.Array
+    parts: int, l_NxC: jax.Array, tokens: _Tokens, log2_z_N: jax.Array, g_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients by l, and (V,) by scale and bias."""
     plgpu = gpu.pallas()
     num_rows, num_codes = l_NxC.shape
-    size, vocab_size = _TOKENS[1], len(tokens.bias_V)
-    parts = _parts(num_rows, len(tokens.bias_V))
-    tiles = _Tiles(vocab_size // (size * parts), parts)
+    size = _TOKENS[1]
+    tiles = _tiles(size, parts, tokens)
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def body(
@@ -269,45 +251,29 @@ def _backward(
             plgpu.wgmma_wait(0)  # Before the tiles change.
             return d_l
 
-        plgpu.emit_pipeline_warp_specialized(
-            tile,
-            grid=(tiles.steps,),
-            in_specs=_specs(plgpu, tiles, part, size, num_codes),
-            max_concurrent_steps=_STAGES,
-            memory_registers=40,
-            wg_axis="warpgroup",
-            num_compute_wgs=_WARPGROUPS,
-            compute_context=compute,
-        )(s_ref, scale_ref, bias_ref)
+        _for_tiles(plgpu, tile, compute, tiles, part, (s_ref, scale_ref, bias_ref))
 
     row_smem = plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32)
     token_smem = plgpu.SMEM((_WARPGROUPS, size), jnp.float32)
-    row_parts = num_rows // _ROWS
-    per_token = jax.ShapeDtypeStruct((row_parts, vocab_size), jnp.float32)
-    results = plgpu.kernel(
-        body,
-        out_type=[
-            jax.ShapeDtypeStruct((tiles.parts, num_rows, num_codes), jnp.float32),
-            per_token,
-            per_token,
-        ],
-        grid=(row_parts // _WARPGROUPS, tiles.parts),
-        grid_names=_GRID,
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            _tile_smem(plgpu, (_WARPGROUPS, _ROWS, num_codes)),
-            row_smem,
-            row_smem,
-            plgpu.SMEM((_WARPGROUPS, _ROWS, _CODES), jnp.float32),
-            _tile_smem(plgpu, (_WARPGROUPS, _ROWS, size)),
-            token_smem,
-            token_smem,
-            plgpu.Barrier(num_barriers=3 * _WARPGROUPS),
-        ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(l_NxC, log2_z_N, g_N, *tokens)
-    d_l, d_scale, d_bias = (jnp.sum(gpu.varying_as(x, l_NxC), axis=0) for x in results)
+    per_token = jax.ShapeDtypeStruct((num_rows // _ROWS, len(tokens.bias_V)), jnp.float32)
+    outputs = [
+        jax.ShapeDtypeStruct((tiles.parts, num_rows, num_codes), jnp.float32),
+        per_token,
+        per_token,
+    ]
+    scratch = [
+        _tile_smem(plgpu, (_WARPGROUPS, _ROWS, num_codes)),
+        row_smem,
+        row_smem,
+        plgpu.SMEM((_WARPGROUPS, _ROWS, _CODES), jnp.float32),
+        _tile_smem(plgpu, (_WARPGROUPS, _ROWS, size)),
+        token_smem,
+        token_smem,
+        plgpu.Barrier(num_barriers=3 * _WARPGROUPS),
+    ]
+    launch = _launch(plgpu, body, tiles, num_rows, outputs, scratch)
+    results = launch(l_NxC, log2_z_N, g_N, *tokens)
+    d_l, d_scale, d_bias = (jnp.sum(varying_like(x, l_NxC), axis=0) for x in results)
     return d_l, d_scale, d_bias
 
 
@@ -315,30 +281,61 @@ def _backward(
 
 
 class _Tiles(NamedTuple):
-    """Tiles of tokens, in parts of which each block of threads has one."""
+    """Tiles of `size` tokens, `steps` of them in each part, of which a block of threads has one."""
 
+    size: int
     steps: int
     parts: int
+
+
+def _tiles(size: int, parts: int, tokens: _Tokens) -> _Tiles:
+    return _Tiles(size, len(tokens.bias_V) // (size * parts), parts)
+
+
+def _for_tiles(
+    plgpu: Any, tile: Any, compute: Any, tiles: _Tiles, part: Any, token_refs: tuple[Any, ...]
+) -> None:
+    """`compute` on both warpgroups, with `tile` for each tile of a part, which a third fetches."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    num_codes = token_refs[0].shape[1]
+
+    def block(step: Any) -> Any:
+        return part * tiles.steps + step
+
+    per_token = plgpu.BlockSpec((tiles.size,), lambda step: (block(step),))
+    s_spec = plgpu.BlockSpec(
+        (tiles.size, num_codes), lambda step: (block(step), 0), transforms=transforms
+    )
+    plgpu.emit_pipeline_warp_specialized(
+        tile,
+        grid=(tiles.steps,),
+        in_specs=[s_spec, per_token, per_token],
+        max_concurrent_steps=_STAGES,
+        memory_registers=40,
+        wg_axis="warpgroup",
+        num_compute_wgs=_WARPGROUPS,
+        compute_context=compute,
+    )(*token_refs)
+
+
+def _launch(plgpu: Any, body: Any, tiles: _Tiles, num_rows: int, outputs: Any, scratch: Any) -> Any:
+    """The kernel: a block of threads for each 128 positions and each part of the tokens."""
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=(num_rows // (_ROWS * _WARPGROUPS), tiles.parts),
+        grid_names=_GRID,
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
 
 
 def _tile_smem(plgpu: Any, shape: tuple[int, ...]) -> Any:
     """Of bfloat16, as matrix units read it."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
-
-def _specs(plgpu: Any, tiles: _Tiles, part: Any, size: int, num_codes: int) -> list[Any]:
-    """Of S, scale and bias."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-    def block(step: Any) -> Any:
-        return part * tiles.steps + step
-
-    return [
-        plgpu.BlockSpec((size, num_codes), lambda step: (block(step), 0), transforms=transforms),
-        plgpu.BlockSpec((size,), lambda step: (block(step),)),
-        plgpu.BlockSpec((size,), lambda step: (block(step),)),
-    ]
 
 
 def _product(plgpu: Any, l_smem: Any, s_smem: Any) -> jax.Array:
