@@ -113,6 +113,9 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             }
         ),
         "VQ by frequency, no bias": Variant({**by_frequency, "model.head.token_bias": False}),
+        "VQ by k-means, no bias": Variant(
+            {**k_means, **CENTROIDS, "model.head.token_bias": False}, "k-means"
+        ),
         "VQ random": Variant({**by_frequency, "model.head.assignment": "random"}),
         "VQ by k-means, random start": Variant(k_means, "k-means"),
         "VQ by k-means, reassigned": Variant(
@@ -123,12 +126,16 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
         ),
         "product 16, tied": tied(product(16)),
-        "VQ by frequency, K / 10": Variant(
-            {**by_frequency, "model.head.num_codes": num_codes // 10}
-        ),
-        "VQ by frequency, K x 10": Variant(
-            {**by_frequency, "model.head.num_codes": num_codes * 10}
-        ),
+        **{
+            f"VQ by frequency, {name}": Variant({**by_frequency, "model.head.num_codes": number})
+            for name, number in _other_numbers(num_codes).items()
+        },
+        **{
+            f"VQ by k-means, {name}": Variant(
+                {**k_means, **CENTROIDS, "model.head.num_codes": number}, f"k-means, {name}"
+            )
+            for name, number in _other_numbers(num_codes).items()
+        },
     }
 
 
@@ -145,6 +152,8 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
             "own": half,
         },
     }
+    for name, number in _other_numbers(num_codes).items():
+        found[f"k-means, {name}"] = {"method": "kmeans", "num_codes": number}
     for m in (8, 16, 32):
         options = {
             "method": "product",
@@ -180,6 +189,11 @@ def from_counts(variant: Variant) -> Variant:
 def tied(variant: Variant) -> Variant:
     """With an input embedding of the same codes."""
     return dataclasses.replace(variant, overrides={**variant.overrides, "model.head.tied": True})
+
+
+def _other_numbers(num_codes: int) -> dict[str, int]:
+    """Of codes, by name: two orders of magnitude from the smallest to the largest."""
+    return {"K / 10": num_codes // 10, "K x 10": num_codes * 10}
 
 
 def _classes(num_codes: int) -> int:
