@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from versions import newest_jax
 
-from vqcx_jax.ops import device, dispatch, flash_attention
+from vqcx_jax.ops import codebook, device, dispatch, flash_attention
 from vqcx_jax.ops.codebook import classes, scatter, streaming
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
@@ -66,12 +66,12 @@ def mesh_of(chip: str, num_chips: int) -> jax.sharding.Mesh:
     return jax.make_mesh((num_chips,), ("data",), devices=devices[:num_chips], axis_types=explicit)
 
 
-def compile_for(function: Any, *arguments: Any) -> Any:
-    """Compiles; asserts that it was kernels that were traced, and for what."""
+def compile_for(function: Any, *arguments: Any, num_kernels: int = 2) -> Any:
+    """Compiles; asserts that it was kernels that were traced, and at least how many."""
     with dispatch.record() as traced:
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
     assert {name for _, name in traced} == {"pallas_tpu"}
-    assert lowered.as_text().count("tpu_custom_call") >= 2
+    assert lowered.as_text().count("tpu_custom_call") >= num_kernels
     return lowered.compile()
 
 
@@ -108,6 +108,40 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * V / num_chips / 4
 
 
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [*CHIPS_AND_DTYPES, *(pytest.param(c, "bfloat16", marks=newest_jax) for c in ("v5e", "tpu7x"))],
+)
+def test_one_codebook(chip: str, dtype: str) -> None:
+    """The summed loss with a cap; in float32 on four chips. Never N K numbers."""
+    num_chips, num_codes, dim = 4 if dtype == "float32" else 1, 1290, 640
+
+    def sums(*arrays: Any) -> jax.Array:
+        loss, _ = codebook.summed_nll(*arrays, 0.1, cap=30.0)
+        return jax.lax.psum(loss, "data")
+
+    def loss(*arrays: Any) -> jax.Array:
+        rows, whole = jax.P("data"), jax.P()
+        in_specs = (rows, whole, whole, rows, rows, whole)
+        return jax.shard_map(sums, in_specs=in_specs, out_specs=whole)(*arrays)
+
+    with jax.set_mesh(mesh_of(chip, num_chips)):
+        compiled = compile_for(
+            jax.value_and_grad(loss, (0, 1, 5)),
+            abstract((N, dim), dtype, jax.P("data", None)),
+            abstract((num_codes, dim), dtype),
+            abstract((V,), "int32"),
+            abstract((N,), "int32", jax.P("data")),
+            abstract((N,), "bool", jax.P("data")),
+            abstract((V,), "float32"),
+            num_kernels=1,
+        )
+    of_chip = N // num_chips
+    for positions in (of_chip, -(-of_chip // 512) * 512):  # With padding, too.
+        assert f"[{positions},{num_codes}]" not in compiled.as_text()
+        assert f"[{positions},{num_codes + 6}]" not in compiled.as_text()
+
+
 @pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
 def test_classes(chip: str, dtype: str) -> None:
     """The loss of product codes in classes; never N R M numbers, R the members of a class."""
@@ -116,8 +150,9 @@ def test_classes(chip: str, dtype: str) -> None:
     def loss(h: Any, codebooks: Any, scale: Any, bias: Any, codes: Any, *rest: Any) -> jax.Array:
         weights = classes.Weights(codebooks, codes, scale, bias)
         *tokens, targets = rest
-        nll = classes.nll(h, weights, classes.Classes(*tokens), targets, product_dtype=dtype)
-        return jnp.sum(nll)
+        in_classes = classes.Classes(*tokens)
+        counts = targets > 0
+        return classes.summed_nll(h, weights, in_classes, targets, counts, product_dtype=dtype)
 
     with jax.set_mesh(mesh_of(chip, 1)):
         nodes = V + num_classes

@@ -18,3 +18,8 @@ def out_shape(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeD
 def up(number: int, multiple: int) -> int:
     """The next multiple."""
     return pl.cdiv(number, multiple) * multiple
+
+
+def num_cores(device_kind: str) -> int:
+    """Of a chip, which a "parallel" axis of a grid is spread over: chips of one device."""
+    return 2 if device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1

@@ -1,7 +1,8 @@
 """What every output layer offers: hidden states in, losses, logits or tokens out."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.ops import sampling
 from vqcx_jax.ops.codebook.reassign import Statistics
 from vqcx_jax.ops.labels import check_labels
-from vqcx_jax.sharding import constrain
+from vqcx_jax.sharding import LogicalAxes, constrain, per_device, token_mesh_axes
 
 # (hidden states (B, T, D), PRNG key) -> token ids int32 (B, T).
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
+_Sums = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class Head(nnx.Module, abc.ABC):
@@ -153,6 +155,35 @@ class Head(nnx.Module, abc.ABC):
             observed: sum of `observe` over the batches of the step.
             step: int32 (), steps done with this one.
         """
+
+    def _over_devices(
+        self,
+        sums: _Sums,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array,
+        arrays: Sequence[Any],
+        axes: Sequence[LogicalAxes],
+    ) -> tuple[jax.Array, jax.Array]:
+        """`summed_nll` by a function of what one device has.
+
+        Args:
+            sums: (h, tokens in [0, V), which of them count, z_loss, *arrays) -> loss, nll.
+            arrays: weights and buffers, laid out along `axes`.
+        """
+        labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
+        is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
+        counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid
+        token_axes = token_mesh_axes(self.rules)
+        loss, nll = per_device(
+            lambda *args: jax.lax.psum(sums(*args), token_axes),
+            [HIDDEN, ROWS, ROWS, (), *axes],
+            ((), ()),
+            self.rules,
+        )(h_BxTxD, labels.tokens, counts_BxT, jnp.asarray(z_loss, jnp.float32), *arrays)
+        invalid = jnp.where(jnp.any(is_token_BxT & labels.is_invalid), jnp.nan, 0.0)
+        return loss + invalid, nll + invalid
 
     def _whole_logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits of which every device has the whole vocabulary, which sorting needs."""

@@ -75,6 +75,27 @@ class ClassVQHead(NormalizedHead):
         self.dtype = dtype
         self.rules = rules or ShardingRules()
 
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`. log Z is 0. On TPUs by kernels, without logits in memory."""
+
+        def sums(
+            h: jax.Array, tokens: jax.Array, counts: jax.Array, _: jax.Array, arrays: Any
+        ) -> tuple[jax.Array, jax.Array]:
+            weights, in_classes = arrays
+            nll = classes.summed_nll(
+                h, weights, in_classes, tokens, counts, product_dtype=self.dtype
+            )
+            return nll, jax.lax.stop_gradient(nll)
+
+        labelled = (h_BxTxD, targets_BxT, is_token_BxT)
+        return self._over_devices(sums, *labelled, z_loss, [self._arrays()], [()])
+
     def sampler(
         self,
         *,

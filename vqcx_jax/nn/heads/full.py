@@ -1,7 +1,7 @@
 """The ordinary output layer."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import softmax
-from vqcx_jax.ops.labels import check_labels
-from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device, token_mesh_axes
+from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
 
 
 class FullHead(Head):
@@ -77,18 +76,26 @@ class FullHead(Head):
         """See `Head.summed_nll`. "streamed" makes gradients along with the loss, in one pass."""
         if self.implementation == "plain":
             return super().summed_nll(h_BxTxD, targets_BxT, is_token_BxT, z_loss)
-        labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
-        is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
-        counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid
-        weights, bias = self._arrays()
-        vocab_axes, token_axes = mesh_axes("vocab", self.rules), token_mesh_axes(self.rules)
-        sums = partial(softmax.summed_nll, cap=self.logit_soft_cap, vocab_axes=vocab_axes)
-        axes: list[LogicalAxes] = [HIDDEN, ("vocab", None), ROWS, ROWS, ("vocab",), ()]
-        loss, nll = per_device(
-            lambda *args: jax.lax.psum(sums(*args), token_axes), axes, ((), ()), self.rules
-        )(h_BxTxD, weights, labels.tokens, counts_BxT, bias, jnp.asarray(z_loss, jnp.float32))
-        invalid = jnp.where(jnp.any(is_token_BxT & labels.is_invalid), jnp.nan, 0.0)
-        return loss + invalid, nll + invalid
+        vocab_axes = mesh_axes("vocab", self.rules)
+
+        def sums(
+            h: jax.Array, tokens: jax.Array, counts: jax.Array, z_loss: jax.Array, *rows: Any
+        ) -> tuple[jax.Array, jax.Array]:
+            weights, bias = rows
+            return softmax.summed_nll(
+                h,
+                weights,
+                tokens,
+                counts,
+                bias,
+                z_loss,
+                cap=self.logit_soft_cap,
+                vocab_axes=vocab_axes,
+            )
+
+        axes = [("vocab", None), ("vocab",)]
+        labelled = (h_BxTxD, targets_BxT, is_token_BxT)
+        return self._over_devices(sums, *labelled, z_loss, self._arrays(), axes)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""

@@ -1,6 +1,7 @@
 """VQ-Logits with one codebook: everything but V logits in O(K) per position."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,26 @@ class VQHead(Head):
             axes.append((None,))
         nll = partial(codebook.nll, cap=self.logit_soft_cap)
         return per_device(nll, axes, (ROWS, ROWS), self.rules)(*args)
+
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`. On TPUs by a kernel that makes gradients along with the loss."""
+
+        def sums(
+            h: jax.Array, tokens: jax.Array, counts: jax.Array, z_loss: jax.Array, *arrays: Any
+        ) -> tuple[jax.Array, jax.Array]:
+            codes, assignment, bias = arrays
+            cap = self.logit_soft_cap
+            return codebook.summed_nll(h, codes, assignment, tokens, counts, bias, z_loss, cap=cap)
+
+        axes: list[LogicalAxes] = [(None, None), (None,), (None,)]
+        labelled = (h_BxTxD, targets_BxT, is_token_BxT)
+        return self._over_devices(sums, *labelled, z_loss, self._arrays(), axes)
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""

@@ -21,6 +21,7 @@ from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, arrange, num_fr
 from vqcx_jax.ops.codebook.members.xla import code_logits
 from vqcx_jax.ops.codebook.members.xla import logits as member_logits
 from vqcx_jax.ops.product import product
+from vqcx_jax.ops.softmax import resident
 
 __all__ = [
     "Classes",
@@ -32,6 +33,7 @@ __all__ = [
     "member_logits",
     "nll",
     "num_frequent",
+    "summed_nll",
 ]
 
 
@@ -48,11 +50,7 @@ def nll(
 
     `implementation` and `product_dtype` are of the second level, see `members.nll`.
     """
-    # Barriers keep XLA from computing these again for every element that is compared with them.
-    entry, rank = jax.lax.optimization_barrier(
-        (classes.entry_of[targets], classes.rank_of[targets])
-    )
-    class_ = entry - num_frequent(classes)
+    entry, class_, rank = _places(classes, targets)
     nll_of_entry = _nll(entry_logits(h, entry_vectors(weights, classes), weights, classes), entry)
     nll_of_member = members.nll(
         h,
@@ -64,6 +62,51 @@ def nll(
         product_dtype=product_dtype,
     )
     return nll_of_entry + nll_of_member
+
+
+def summed_nll(
+    h: jax.Array,
+    weights: Weights,
+    classes: Classes,
+    targets: jax.Array,
+    counts: jax.Array,
+    *,
+    implementation: str | None = None,
+    product_dtype: DTypeLike = "float32",
+) -> jax.Array:
+    """Sum of `nll` over the positions that count, bool (...): float32 ().
+
+    `implementation` is of both levels, see `softmax.resident` for the first one. Under `shard_map`
+    the sum is of each device's own positions.
+    """
+    entry, class_, rank = _places(classes, targets)
+    nll_of_entries, _ = resident.summed_nll(
+        h,
+        entry_vectors(weights, classes),
+        entry,
+        counts,
+        None if weights.bias is None else weights.bias[classes.entries],
+        implementation=implementation,
+    )
+    nll_of_members = members.nll(
+        h,
+        weights,
+        classes,
+        jnp.where(counts, class_, -1),
+        rank,
+        implementation=implementation,
+        product_dtype=product_dtype,
+    )
+    return nll_of_entries + jnp.sum(nll_of_members)
+
+
+def _places(classes: Classes, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Entry, class (negative: none) and rank of tokens."""
+    # Barriers keep XLA from computing these again for every element that is compared with them.
+    entry, rank = jax.lax.optimization_barrier(
+        (classes.entry_of[targets], classes.rank_of[targets])
+    )
+    return entry, entry - num_frequent(classes), rank
 
 
 def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:

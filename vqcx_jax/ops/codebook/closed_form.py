@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
+from vqcx_jax.ops.softmax import resident
 
 
 def code_logits(h: jax.Array, codes: jax.Array) -> jax.Array:
@@ -82,6 +83,55 @@ def nll(
     if bias is not None:
         target_logit = target_logit + bias.astype(jnp.float32)[targets]
     return log_z - target_logit, log_z
+
+
+def summed_nll(
+    h: jax.Array,
+    codes: jax.Array,
+    assignment: jax.Array,
+    targets: jax.Array,
+    counts: jax.Array,
+    bias: jax.Array | None = None,
+    z_loss: float | jax.Array = 0.0,
+    *,
+    cap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of nll + z_loss log(Z)^2, and of nll, over the positions that count.
+
+    It is the summed loss of a softmax over codes with biases s, and that of tokens in their codes,
+    s_k - bias_v, which depends on no hidden state. Under `shard_map` the sums are of each device's
+    own positions.
+
+    Args:
+        counts: bool (...), which positions count.
+        z_loss: coefficient of log(Z)^2.
+        implementation: of `softmax.resident.summed_nll`. Others as in `nll`.
+
+    Returns:
+        loss, nll: float32 (). nll is there to be reported; its gradient is zero.
+
+    Raises:
+        UserError: as `nll`, and as `softmax.resident.summed_nll`.
+    """
+    check_per_token("bias", bias, assignment.shape[0])
+    log_mass_K = code_log_mass(assignment, codes.shape[0], bias)
+    target_codes = assignment[targets]
+    loss, nll = resident.summed_nll(
+        h,
+        codes,
+        target_codes,
+        counts,
+        log_mass_K,
+        z_loss,
+        cap=cap,
+        implementation=implementation,
+    )
+    of_tokens = log_mass_K[target_codes]
+    if bias is not None:
+        of_tokens = of_tokens - bias.astype(jnp.float32)[targets]
+    total = jnp.sum(of_tokens, where=counts)
+    return loss + total, nll + jax.lax.stop_gradient(total)
 
 
 def logits(
