@@ -27,6 +27,11 @@ WITH_KERNELS = (
     "eulerformer",
     "eulerformer_planes_ntk",
     "rope_learned_yarn",
+    # Kernels do not turn these: they are given encoded queries and keys.
+    "harmonic3_per_head",
+    "nope",
+    "pope",
+    "smooth",
 )
 
 
@@ -83,15 +88,15 @@ def test_sharded_over_rows_and_heads(axis_type: str, tpu: None) -> None:
         assert np.abs(a - b).max() <= 4e-6 * np.abs(b).max()  # Sums are taken in another order.
 
 
-def test_kinds_without_a_kernel(tpu: None) -> None:
-    """Asked for by name that is an error; else plain JAX runs, and a warning says so."""
-    with pytest.raises(UserError, match="implementation='pallas_tpu': kind=smooth: kernels have"):
-        results(layer("smooth", "pallas_tpu"))
+def test_slopes(tpu: None) -> None:
+    """No kernel has them. Asked for by name that is an error; else a warning says so."""
+    with pytest.raises(UserError, match="implementation='pallas_tpu': kind=alibi: kernels have no"):
+        results(layer("alibi", "pallas_tpu"))
     with (
-        pytest.warns(UserWarning, match="Attention: not by pallas_tpu: kind=smooth"),
+        pytest.warns(UserWarning, match="Attention: not by pallas_tpu: kind=alibi"),
         dispatch.record() as traced,
     ):
-        results(layer("smooth", "auto"))
+        results(layer("alibi", "auto"))
     assert ("Attention", "xla") in traced and ("Attention", "pallas_tpu") not in traced
 
 

@@ -43,7 +43,7 @@ def outputs(kind: str, implementation: str, is_packed: bool = True, **options: A
 @pytest.mark.filterwarnings("ignore:euler_turn")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("is_packed", [True, False])
-@pytest.mark.parametrize("kind", ["complex", "rope", "nope"])
+@pytest.mark.parametrize("kind", ["complex", "rope", "nope", "pope"])
 def test_equals_plain_jax(
     kind: str, is_packed: bool, window: int | None, gpu: list[dict[str, Any]]
 ) -> None:
@@ -71,10 +71,10 @@ def test_what_cudnn_does_not_have(dtype: Any, options: dict[str, Any], message: 
         attention.attend_by_cudnn(x, x, x, None, scale=1.0, **options)
 
 
-def test_keys_of_another_width_than_values() -> None:
+def test_values_wider_than_keys() -> None:
     x = jnp.zeros((1, 4, 2, 8), jnp.bfloat16)
-    with pytest.raises(dispatch.NotSupported, match="widths 16 and 8: keys must be as wide"):
-        attention.attend_by_cudnn(jnp.tile(x, 2), jnp.tile(x, 2), x, None, scale=1.0)
+    with pytest.raises(dispatch.NotSupported, match="values: are 16 wide, and keys 8"):
+        attention.attend_by_cudnn(x, x, jnp.tile(x, 2), None, scale=1.0)
 
 
 def test_there_is_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

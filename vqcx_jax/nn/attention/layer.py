@@ -9,7 +9,7 @@ from flax import nnx
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.attention.base import HEADS, QueriesAndKeys, TokenInfo
+from vqcx_jax.nn.attention.base import HEADS, Phases, QueriesAndKeys, TokenInfo
 from vqcx_jax.nn.attention.make import make_encoding
 from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
 from vqcx_jax.nn.variables import param
@@ -133,7 +133,9 @@ class Attention(nnx.Module):
             encoded = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids)
             implementations = {
                 dispatch.XLA: functools.partial(self.attend, *encoded),
-                dispatch.PALLAS_TPU: functools.partial(self._attend_raw, *raw, v_BxTxKxd, info),
+                dispatch.PALLAS_TPU: functools.partial(
+                    self._attend_by_flash, raw, (q_BxTxHxd, k_BxTxKxd), v_BxTxKxd, info
+                ),
                 dispatch.CUDNN: functools.partial(self._attend_by_cudnn, *encoded, is_packed),
             }
             asked = self.options.implementation
@@ -193,14 +195,16 @@ class Attention(nnx.Module):
             k_BxTxKxd = ops.qk_norm(k_BxTxKxd, self.k_gain[...])
         return q_BxTxHxd, k_BxTxKxd
 
-    def _attend_raw(
-        self, q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array, info: TokenInfo
+    def _attend_by_flash(
+        self, raw: QueriesAndKeys, encoded: QueriesAndKeys, v_BxTxKxd: jax.Array, info: TokenInfo
     ) -> jax.Array:
-        """`attend` by kernels that encode queries and keys themselves."""
+        """`attend` by kernels, which encode raw queries and keys themselves where they can."""
+        if self.encoding.slopes() is not None:
+            raise dispatch.NotSupported(f"kind={self.options.kind}: kernels have no slopes")
         phases = self.encoding.phases()
-        if phases is None:
-            kind = self.options.kind
-            raise dispatch.NotSupported(f"kind={kind}: kernels have complex, eulerformer and rope")
+        q_and_k = encoded if phases is None else raw
+        if phases is None:  # Not to be turned any more.
+            phases = Phases((jnp.zeros((encoded[0].shape[-1] // 2,), jnp.float32),), ((None,),))
         if mesh_axes("sequence", self.rules):
             raise dispatch.NotSupported("the sequence is sharded: kernels need it whole")
 
@@ -233,7 +237,7 @@ class Attention(nnx.Module):
         axes = (HEADS, HEADS, HEADS, ROWS, ROWS, *phases.axes)
         arrays = [constrain(x, a, self.rules) for x, a in zip(*phases, strict=True)]
         (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
-            q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids, info.positions, *arrays
+            *q_and_k, v_BxTxKxd, info.segment_ids, info.positions, *arrays
         )
         return y_BxTxHxd
 

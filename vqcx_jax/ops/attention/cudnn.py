@@ -21,7 +21,8 @@ def attend_by_cudnn(
     """softmax(scale q k^T) v, never with T x T scores in memory.
 
     Args:
-        q: (B, T, H, d). k, v: (B, T, K, d), with H a multiple of K, as in `core.attend`.
+        q: (B, T, H, D). k: (B, T, K, D), with H a multiple of K, as in `core.attend`.
+        v: (B, T, K, d), d at most D: cuDNN is given values as wide as keys, filled up with zeros.
         segment_ids: int (B, T), as in `segment_mask`, which makes a mask of B T T numbers. None: a
             row is one document, and no mask is needed.
         causal: as `causal_mask`. window: as `window_mask`.
@@ -30,16 +31,17 @@ def attend_by_cudnn(
         (B, T, H, d) in q's dtype.
 
     Raises:
-        NotSupported: cuDNN cannot do it: float32, a soft-cap, values of another width than keys,
-            d above 256 or no multiple of 8, a mask for an odd T; or there is no cuDNN.
+        NotSupported: cuDNN cannot do it: float32, a soft-cap, values wider than keys, D above
+            256 or no multiple of 8, a mask for an odd T; or there is no cuDNN.
     """
     if soft_cap is not None:
         raise dispatch.NotSupported(f"soft_cap={soft_cap}: cuDNN has none")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise dispatch.NotSupported(f"dtype={q.dtype}: cuDNN has bfloat16 and float16")
-    if k.shape != v.shape:
-        widths = f"{k.shape[-1]} and {v.shape[-1]}"
-        raise dispatch.NotSupported(f"widths {widths}: keys must be as wide as values")
+    key_width, value_width = k.shape[-1], v.shape[-1]
+    if value_width > key_width:
+        raise dispatch.NotSupported(f"values: are {value_width} wide, and keys {key_width}")
+    wide_v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, key_width - value_width)))
     mask = None if segment_ids is None else segment_mask(segment_ids, segment_ids)
     left = None
     if window is not None:
@@ -49,10 +51,10 @@ def attend_by_cudnn(
             shown = window_mask(q.shape[1], k.shape[1], window)
             mask = shown if mask is None else mask & shown
     try:
-        return jax.nn.dot_product_attention(
+        out = jax.nn.dot_product_attention(
             q,
             k,
-            v,
+            wide_v,
             mask=mask,
             scale=scale,
             is_causal=causal,
@@ -61,3 +63,4 @@ def attend_by_cudnn(
         )
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise dispatch.NotSupported(f"cuDNN: {error}") from error
+    return out[..., :value_width]
