@@ -179,6 +179,38 @@ def _one_codebook(implementation: str) -> Case:
     )
 
 
+def _two_codebooks() -> Case:
+    """M = 2, additive, in closed form, by XLA: sqrt(V) codes each."""
+    from vqcx_jax.ops.codebook import loss as codebook_loss
+    from vqcx_jax.ops.codebook import multi
+
+    def loss(
+        h: jax.Array,
+        codebooks: tuple[jax.Array, ...],
+        assignment: jax.Array,
+        targets: jax.Array,
+        bias: jax.Array,
+    ) -> jax.Array:
+        code_logits = multi.additive_code_logits(h, codebooks)
+        return jnp.sum(codebook_loss.nll(code_logits, assignment, targets, bias)[0])
+
+    def of_arrays(h: jax.Array, first: jax.Array, second: jax.Array, *rest: jax.Array) -> Any:
+        return jax.value_and_grad(loss, (0, 1, 4))(h, (first, second), *rest)
+
+    return Case(
+        of_arrays,
+        [
+            ((N, D), "bfloat16"),
+            ((359, D), "bfloat16"),
+            ((359, D), "bfloat16"),
+            ((V, 2), "int32"),
+            ((N,), "int32"),
+            ((V,), "float32"),
+        ],
+        [],
+    )
+
+
 def _tokamax() -> Case:
     def loss(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
         import tokamax
@@ -295,6 +327,7 @@ CASES: dict[str, Case] = {
     "classes 16x64, XLA": _classes("xla", "float32"),
     "one codebook": _one_codebook("pallas_tpu"),
     "one codebook, XLA": _one_codebook("xla"),
+    "two codebooks, XLA": _two_codebooks(),
     "full, tokamax": _tokamax(),
     "attention, complex": _attention(True),
     "attention, RoPE": _attention(False),
