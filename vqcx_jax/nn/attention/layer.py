@@ -14,7 +14,7 @@ from vqcx_jax.nn.attention.make import make_encoding
 from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import attention as ops
-from vqcx_jax.ops import dispatch, flash_attention
+from vqcx_jax.ops import dispatch, flash_attention, flash_decoding
 from vqcx_jax.sharding import (
     LogicalAxes,
     block_index,
@@ -333,9 +333,26 @@ class Attention(nnx.Module):
         start = (0, cache_length, 0, 0)
         cached_k = jax.lax.dynamic_update_slice(cached_k, k.astype(cached_k.dtype), start)
         cached_v = jax.lax.dynamic_update_slice(cached_v, v.astype(cached_v.dtype), start)
-        mask = self._mask(q.shape[1], cached_k.shape[1], cache_length)
-        y = self._attend(q, cached_k, cached_v, mask, cache_length, *slopes)
+        y = flash_decoding.attend(
+            q,
+            cached_k,
+            cached_v,
+            cache_length,
+            scale=self.encoding.scale,
+            window=self.options.window,
+            soft_cap=self.options.logit_soft_cap,
+            slopes=slopes[0] if slopes else None,
+            implementation=self._named_for_cache(q.shape[1]),
+        )
         return y, cached_k, cached_v
+
+    def _named_for_cache(self, num_queries: int) -> str | None:
+        """The kernel has a cache's last few queries; a prompt, and what cuDNN is for, has none."""
+        asked = self.options.implementation
+        if asked == "auto":
+            return None
+        is_short = num_queries <= flash_decoding.MAX_QUERIES
+        return asked if asked == dispatch.PALLAS_TPU and is_short else dispatch.XLA
 
     def _mask(self, num_queries: int, num_keys: int, first: jax.Array | int) -> jax.Array | None:
         mask = ops.causal_mask(num_queries, num_keys, first) if self.causal else None
