@@ -279,7 +279,7 @@ def _splash() -> Case:
     )
 
 
-def _decode(num_kv_heads: int, width: int) -> Case:
+def _decode(num_kv_heads: int, width: int, implementation: str = "pallas_tpu") -> Case:
     """One token for each of 8 rows, and a full cache of 32,768 positions."""
     from vqcx_jax.ops import flash_decoding
 
@@ -288,14 +288,17 @@ def _decode(num_kv_heads: int, width: int) -> Case:
     cache = ((batch, length, num_kv_heads, width), "bfloat16")
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
-        return flash_decoding.attend(q, k, v, first, scale=width**-0.5, implementation="pallas_tpu")
+        return flash_decoding.attend(
+            q, k, v, first, scale=width**-0.5, implementation=implementation
+        )
 
-    # Blocks that all see; the last one, if it is not full.
+    # Blocks that every query sees whole; a last one that is not full.
     executions = {chip: (batch // cores * blocks, 0) for chip, cores in CORES.items()}
+    kernels = [Kernel("vqcx_flash_decoding", executions)]
     return Case(
         step,
         [((batch, 1, H, width), "bfloat16"), cache, cache, ((), "int32")],
-        [Kernel("vqcx_flash_decoding", executions)],
+        kernels if implementation == "pallas_tpu" else [],
     )
 
 
@@ -313,4 +316,5 @@ CASES: dict[str, Case] = {
     "decode, 4 key heads": _decode(4, 128),
     "decode, 16 key heads": _decode(16, 128),
     "decode, 4 of width 64": _decode(4, 64),
+    "decode, 4 key heads, XLA": _decode(4, 128, "xla"),
 }

@@ -3,6 +3,7 @@
 What no query sees is NaN: neither scores nor values of it may count.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -89,20 +90,25 @@ def make(case: Case, dtype: Any) -> tuple[list[jax.Array], dict[str, Any]]:
     return arrays, options
 
 
+def of_layer(attend: Any, q: Any, k: Any, v: Any, first: Any, **options: Any) -> jax.Array:
+    """The cache is the second layer's; the first one's is NaN."""
+    k, v = (jnp.stack([jnp.full_like(x, jnp.nan), x]) for x in (k, v))
+    return attend(q, k, v, 1, first, **options)
+
+
 def kernel(case: Case, options: Any) -> Any:
     cores = 2 if case.races else 1
     interpret = pltpu.InterpretParams(detect_races=case.races, num_cores_or_threads=cores)
     return jax.jit(
-        lambda q, k, v, first: tpu.attend(
-            q, k, v, first, **options, block=case.block, interpret=interpret
-        )
+        functools.partial(of_layer, tpu.attend, **options, block=case.block, interpret=interpret)
     )
 
 
 def definition(arrays: list[jax.Array], first: int, options: Any) -> np.ndarray:
     """In float32 throughout."""
+    wide = (x.astype(jnp.float32) for x in arrays)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(xla.attend(*(x.astype(jnp.float32) for x in arrays), first, **options))
+        return np.asarray(of_layer(xla.attend, *wide, first, **options))
 
 
 def unseen_are_nan(x_BxSxKxD: jax.Array, num_seen: int) -> jax.Array:
@@ -141,7 +147,7 @@ def test_bfloat16_is_near_the_definition(name: str) -> None:
         actual = run(q, unseen_are_nan(k, seen), unseen_are_nan(v, seen), first)
         assert actual.dtype == jnp.bfloat16
         expected = definition([q, k, v], first, options)
-        plain = relative(xla.attend(q, k, v, first, **options), expected)
+        plain = relative(of_layer(xla.attend, q, k, v, first, **options), expected)
         assert relative(actual, expected) <= max(2 * plain, 2.0**-8)
 
 
@@ -153,7 +159,9 @@ def test_gradients_are_those_of_plain_jax() -> None:
 
     def gradients(attend: Any, **more: Any) -> Any:
         def loss(q: Any, k: Any, v: Any, slopes: Any) -> jax.Array:
-            return jnp.sum(jnp.sin(attend(q, k, v, 250, slopes=slopes, **options, **more)))
+            return jnp.sum(
+                jnp.sin(of_layer(attend, q, k, v, 250, slopes=slopes, **options, **more))
+            )
 
         return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arrays, slopes)
 
@@ -173,8 +181,8 @@ def test_only_what_is_needed_is_fetched() -> None:
         (199, 50, [2, 3, 3, 3]),
         (191, 64, [2, 2, 2, 2]),
     ]:
-        scalars = tpu._scalars(settings._replace(window=window), jnp.int32(first), 1, 200, 64)
-        assert [int(tpu._key_block(scalars, step)) for step in range(4)] == expected
+        bounds = tpu._bounds(settings._replace(window=window), jnp.int32(first), 1, 200, 64)
+        assert [int(tpu._block((0, first, *bounds), step)) for step in range(4)] == expected
 
 
 @pytest.mark.parametrize("num_queries", [1, 17])
@@ -223,4 +231,4 @@ def test_what_it_cannot_do(
 ) -> None:
     k = jnp.zeros((1, 128, 2, q[-1]))
     with pytest.raises(dispatch.NotSupported, match=message):
-        tpu.attend(jnp.zeros(q), k, jnp.zeros(v, dtype), 0, scale=1.0)
+        of_layer(tpu.attend, jnp.zeros(q), k, jnp.zeros(v, dtype), 0, scale=1.0)

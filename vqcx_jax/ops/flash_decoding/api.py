@@ -17,6 +17,7 @@ def attend(
     first: jax.Array | int,
     *,
     scale: float,
+    layer: jax.Array | int | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
@@ -31,6 +32,8 @@ def attend(
         v: (B, S, K, d).
         first: int32 (), at most S - T.
         scale: of the scores, before the soft-cap.
+        layer: int32 (). Then k and v are those of all layers, stacked in front, and this one's are
+            read where they lie.
         window: a query sees its last so many keys, its own among them. soft_cap: as in
             `attention.attend`. slopes: float (H,), of `alibi_bias`.
         implementation: "xla", "pallas_tpu", or None: the kernel where there is one. It is for at
@@ -42,8 +45,10 @@ def attend(
     Raises:
         UserError: shapes that do not fit; the implementation that was named cannot run.
     """
+    if layer is None:
+        k, v, layer = k[None], v[None], 0
     _check(q, k, v, window)
-    args = (q, k, v, first)
+    args = (q, k, v, layer, first)
     options: dict[str, Any] = {
         "scale": scale,
         "window": window,
@@ -59,14 +64,16 @@ def attend(
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> None:
     if window is not None and window < 1:
         raise UserError(f"window={window}: must be at least 1, the query's own key")
-    if k.shape[1] != v.shape[1]:
-        raise UserError(f"k, v: have {k.shape[1]} and {v.shape[1]} positions, must have as many")
-    if k.shape[1] < q.shape[1]:
-        raise UserError(f"k: has {k.shape[1]} positions, must have the {q.shape[1]} of q or more")
-    if q.shape[2] % k.shape[2] or v.shape[2] != k.shape[2]:
+    _, num_queries, num_heads, width = q.shape
+    length, num_kv_heads, key_width = k.shape[2:]
+    if v.shape[2] != length:
+        raise UserError(f"k, v: have {length} and {v.shape[2]} positions, must have as many")
+    if length < num_queries:
+        raise UserError(f"k: has {length} positions, must have the {num_queries} of q or more")
+    if num_heads % num_kv_heads or v.shape[3] != num_kv_heads:
         raise UserError(
-            f"k, v: have {k.shape[2]} and {v.shape[2]} heads, must have the same number, "
-            f"which divides the {q.shape[2]} of q"
+            f"k, v: have {num_kv_heads} and {v.shape[3]} heads, must have the same number, "
+            f"which divides the {num_heads} of q"
         )
-    if k.shape[3] != q.shape[3]:
-        raise UserError(f"k: is {k.shape[3]} wide, must be as wide as q, {q.shape[3]}")
+    if key_width != width:
+        raise UserError(f"k: is {key_width} wide, must be as wide as q, {width}")

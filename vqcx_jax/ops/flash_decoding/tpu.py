@@ -4,9 +4,9 @@ What a decoding step costs is reading the cache. Blocks past the last query's ke
 window, are neither fetched nor computed. The others are read as they lie in memory, with all key
 heads of a position side by side, in one of two views that are the array's own layout on a TPU:
 
-- widths that are multiples of 128: (B, S K, D), a row for each position and key head. One product
-  gives scores of all query heads with all key heads, and a mask leaves each its own.
-- narrower ones, which a TPU stores with positions along lanes: (B, K D, S). Queries are zero but
+- widths that are multiples of 128: (L, B, S K, D), a row for each position and key head. One
+  product gives scores of all query heads with all key heads, and a mask leaves each its own.
+- narrower ones, which a TPU stores with positions along lanes: (L, B, K D, S). Queries are zero but
   for the D coordinates of their own key head, and outputs of other heads' values are dropped.
 
 Either way each key enters the matrix unit once, as it would with one product a head: with so few
@@ -48,6 +48,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array | int,
     first: jax.Array | int,
     *,
     scale: float,
@@ -57,7 +58,7 @@ def attend(
     block: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """See `api.attend`. Weights are rounded to v's dtype; softmax and sums are float32.
+    """See `api.attend`; k and v are stacked. Weights are rounded to v's dtype; sums are float32.
 
     Args:
         block: positions of the cache at a time, a multiple of 128; None: the default.
@@ -68,10 +69,10 @@ def attend(
     """
     _check(q, k, v)
     settings = Settings(float(scale), window, soft_cap, block, interpret)
-    first = varying_like(jnp.asarray(first, jnp.int32), q)
+    layer, first = (varying_like(jnp.asarray(x, jnp.int32), q) for x in (layer, first))
     if slopes is not None:
         slopes = varying_like(slopes.astype(jnp.float32), q)
-    return _attend(settings, q, k, v, first, slopes)
+    return _attend(settings, q, k, v, layer, first, slopes)
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -82,8 +83,8 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             f"q: has {q.shape[1]} positions of {q.shape[2]} heads, must have at most {_MAX_ROWS}"
         )
     for name, x in (("q", q), ("v", v)):
-        if x.shape[3] % 16:
-            raise NotSupported(f"{name}: is {x.shape[3]} wide, must be a multiple of 16")
+        if x.shape[-1] % 16:
+            raise NotSupported(f"{name}: is {x.shape[-1]} wide, must be a multiple of 16")
     dtypes = {str(x.dtype) for x in (q, k, v)}
     if dtypes not in ({"bfloat16"}, {"float32"}):
         found = ", ".join(sorted(dtypes))
@@ -96,10 +97,11 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array,
     first: jax.Array,
     slopes: jax.Array | None,
 ) -> jax.Array:
-    return _forward(settings, q, k, v, first, slopes)
+    return _forward(settings, q, k, v, layer, first, slopes)
 
 
 def _attend_forward(settings: Settings, *args: Any) -> tuple[jax.Array, Any]:
@@ -107,13 +109,14 @@ def _attend_forward(settings: Settings, *args: Any) -> tuple[jax.Array, Any]:
 
 
 def _attend_backward(settings: Settings, args: Any, d_out: jax.Array) -> tuple[Any, ...]:
-    q, k, v, first, slopes = args
+    q, k, v, layer, first, slopes = args
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array | None) -> jax.Array:
         return xla.attend(
             q,
             k,
             v,
+            layer,
             first,
             scale=settings.scale,
             window=settings.window,
@@ -122,7 +125,7 @@ def _attend_backward(settings: Settings, args: Any, d_out: jax.Array) -> tuple[A
         )
 
     d_q, d_k, d_v, d_slopes = jax.vjp(plain, q, k, v, slopes)[1](d_out)
-    return d_q, d_k, d_v, None, d_slopes
+    return d_q, d_k, d_v, None, None, d_slopes
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -131,7 +134,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _View(NamedTuple):
     """How the cache is read.
 
-    in_rows: (B, S K, width), else (B, K width, S). columns: of a position, in scores.
+    in_rows: (L, B, S K, width), else (L, B, K width, S). columns: of a position, in scores.
     block: positions.
     """
 
@@ -144,23 +147,23 @@ class _View(NamedTuple):
         """Columns of the scores for each position."""
         return self.num_kv_heads if self.in_rows else 1
 
-    def operand(self, name: str, x_BxSxKxW: jax.Array) -> Operand:
+    def operand(self, name: str, x_LxBxSxKxW: jax.Array) -> Operand:
         """The cache and its blocks."""
-        batch, length, num_kv_heads, width = x_BxSxKxW.shape
+        *stacked, length, num_kv_heads, width = x_LxBxSxKxW.shape
         if self.in_rows:
-            rows = x_BxSxKxW.reshape(batch, length * num_kv_heads, width)
-            block = (None, self.block * num_kv_heads, width)
-            return Operand(name, rows, block, lambda b, _, s, at: (b, _key_block(at, s), 0))
-        lanes = jnp.moveaxis(x_BxSxKxW, 1, 3).reshape(batch, num_kv_heads * width, length)
-        block = (None, num_kv_heads * width, self.block)
-        return Operand(name, lanes, block, lambda b, _, s, at: (b, 0, _key_block(at, s)))
+            rows = x_LxBxSxKxW.reshape(*stacked, length * num_kv_heads, width)
+            block = (None, None, self.block * num_kv_heads, width)
+            return Operand(name, rows, block, lambda b, _, s, at: (at[_LAYER], b, _block(at, s), 0))
+        lanes = jnp.moveaxis(x_LxBxSxKxW, 2, 4).reshape(*stacked, num_kv_heads * width, length)
+        block = (None, None, num_kv_heads * width, self.block)
+        return Operand(name, lanes, block, lambda b, _, s, at: (at[_LAYER], b, 0, _block(at, s)))
 
 
 # Of the scalars that a kernel is given.
-_FIRST, _LOW_BLOCK, _HIGH_BLOCK = range(3)
+_LAYER, _FIRST, _LOW_BLOCK, _HIGH_BLOCK = range(4)
 
 
-def _key_block(scalars: Any, step: Any) -> Any:
+def _block(scalars: Any, step: Any) -> Any:
     """Past the last that is needed, the last again, which is there already."""
     return jnp.minimum(scalars[_LOW_BLOCK] + step, scalars[_HIGH_BLOCK])
 
@@ -170,11 +173,12 @@ def _forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array,
     first: jax.Array,
     slopes: jax.Array | None,
 ) -> jax.Array:
     batch, num_queries, num_heads, width = q.shape
-    length, num_kv_heads, value_width = v.shape[1:]
+    length, num_kv_heads, value_width = v.shape[2:]
     group = num_heads // num_kv_heads
     num_rows = up(num_queries * num_heads, 16)
     view = _view(settings, num_rows, k, v)
@@ -216,12 +220,12 @@ def _forward(
     if settings.window is not None:  # Of any place that it has in the cache.
         seen = settings.window + num_queries - 1
         num_blocks = min(num_blocks, pl.cdiv(seen - 1, view.block) + 1)
-    scalars = _scalars(settings, first, num_queries, length, view.block)
+    bounds = _bounds(settings, first, num_queries, length, view.block)
     out_BxRxd = call(
         lambda refs: _kernel(refs, settings, view, num_queries, length, num_blocks),
         name="vqcx_flash_decoding",
         grid=(batch, 1, num_blocks),
-        tables=[scalars],
+        tables=[jnp.stack([layer, first, *bounds])],
         inputs=inputs,
         outputs=[
             Operand(
@@ -246,26 +250,26 @@ def _forward(
 
 
 def _view(settings: Settings, num_rows: int, k: jax.Array, v: jax.Array) -> _View:
-    length, num_kv_heads, width = k.shape[1:]
-    in_rows = width % LANES == 0 and v.shape[3] % LANES == 0
+    length, num_kv_heads, width = k.shape[2:]
+    in_rows = width % LANES == 0 and v.shape[-1] % LANES == 0
     block = settings.block
     if block is None:
         columns = num_kv_heads if in_rows else 1
-        bytes_of_position = num_kv_heads * max(width, v.shape[3]) * k.dtype.itemsize
+        bytes_of_position = num_kv_heads * max(width, v.shape[-1]) * k.dtype.itemsize
         block = min(_BLOCK_BYTES // bytes_of_position, _MAX_SCORES // (num_rows * columns))
         block = max(block // LANES, 1) * LANES
     return _View(in_rows, num_kv_heads, min(block, length))
 
 
-def _scalars(
+def _bounds(
     settings: Settings, first: jax.Array, num_queries: int, length: int, block: int
-) -> jax.Array:
-    """Int32 (3,): first, and the first and the last block that a query sees."""
+) -> tuple[jax.Array, jax.Array]:
+    """The first and the last block that a query sees."""
     high = (jnp.minimum(first + num_queries, length) - 1) // block
     low = jnp.zeros_like(first)
     if settings.window is not None:
         low = jnp.minimum(jnp.maximum(first - settings.window + 1, 0) // block, high)
-    return jnp.stack([first, low, high])
+    return low, high
 
 
 def _kernel(

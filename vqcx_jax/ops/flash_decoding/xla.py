@@ -10,6 +10,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    layer: jax.Array | int,
     first: jax.Array | int,
     *,
     scale: float,
@@ -17,7 +18,11 @@ def attend(
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
 ) -> jax.Array:
-    """See `api.attend`. Values that are not seen are multiplied by 0, and must be finite."""
+    """See `api.attend`; k and v are stacked.
+
+    Values that are not seen are multiplied by 0, and must be finite.
+    """
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     num_queries, num_keys = q.shape[1], k.shape[1]
     mask = attention.causal_mask(num_queries, num_keys, first)
     if window is not None:
