@@ -128,10 +128,11 @@ class Transformer(nnx.Module):
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A KV cache for `extend`: all layers stacked, room for max_length positions.
 
-        Nothing is said when it runs over: positions past max_length overwrite the last ones.
+        As many as that is rounded up to a multiple of 8: others are read from a copy on TPUs.
+        Nothing is said when it runs over: positions past them overwrite the last ones.
         """
         config = self.config
-        shape = (config.num_layers, batch_size, max_length, config.num_kv_heads)
+        shape = (config.num_layers, batch_size, -(-max_length // 8) * 8, config.num_kv_heads)
 
         def zeros(width: int) -> jax.Array:
             x = jnp.zeros((*shape, width), jnp.dtype(config.dtype))

@@ -119,7 +119,7 @@ def decoded(module: Any) -> np.ndarray:
     outputs, start = [], 0
     for size in (4, 1, 1, 3):
         x = jnp.asarray(INPUTS[:, start : start + size])
-        y, cache = step(module, x, None, cache, start)
+        y, cache = jax.block_until_ready(step(module, x, None, cache, start))
         outputs.append(y)
         start += size
     return np.concatenate(outputs, axis=1)
@@ -180,7 +180,7 @@ def test_model_decodes_sharded_over_rows_and_heads(axis_type: str, tpu: None) ->
         cache, outputs = model.empty_cache(2, 7), []
         for start, end in ((0, 4), (4, 5), (5, 6)):
             piece = constrain(tokens[:, start:end], ROWS, model.rules)
-            h, cache = extend(piece, cache, start)
+            h, cache = jax.block_until_ready(extend(piece, cache, start))
             outputs.append(np.asarray(h))
     assert of_cache(traced) == {"pallas_tpu"}
     np.testing.assert_allclose(np.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-4)

@@ -147,6 +147,19 @@ class _View(NamedTuple):
         """Columns of the scores for each position."""
         return self.num_kv_heads if self.in_rows else 1
 
+    def is_layout_of(self, k: jax.Array, v: jax.Array) -> bool:
+        """Do arrays lie so in a TPU's memory, so that the view is no copy?
+
+        The last two axes, here key heads and width, are cut into tiles of 8 x 128, or of as many
+        rows as there are if that is 1, 2 or 4.
+        """
+        widths = {k.shape[-1], v.shape[-1]}
+        if not self.in_rows:
+            return max(widths) < LANES
+        is_tiled = self.num_kv_heads % 8 == 0
+        is_flat = self.num_kv_heads in (1, 2, 4) and widths == {LANES}
+        return k.shape[2] * self.num_kv_heads % 8 == 0 and (is_tiled or is_flat)
+
     def operand(self, name: str, x_LxBxSxKxW: jax.Array) -> Operand:
         """The cache and its blocks."""
         *stacked, length, num_kv_heads, width = x_LxBxSxKxW.shape
@@ -182,6 +195,9 @@ def _forward(
     group = num_heads // num_kv_heads
     num_rows = up(num_queries * num_heads, 16)
     view = _view(settings, num_rows, k, v)
+    if not view.is_layout_of(k, v):  # One layer is copied, then, and not all of them.
+        k, v = (jax.lax.dynamic_slice_in_dim(x, layer, 1) for x in (k, v))
+        layer = jnp.zeros_like(layer)
     # A row for each query and head, and for each of its group's key heads what it reads.
     row = np.arange(num_rows)
     row_query = np.minimum(row // num_heads, num_queries - 1)
