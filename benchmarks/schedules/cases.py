@@ -319,6 +319,29 @@ def _splash() -> Case:
     )
 
 
+def _decode(num_kv_heads: int, width: int, implementation: str = "pallas_tpu") -> Case:
+    """One token for each of 8 rows, and a full cache of 32,768 positions."""
+    from vqcx_jax.ops import flash_decoding
+
+    batch, length = 8, 32_768
+    blocks = length // (2**20 // (2 * num_kv_heads * width))  # Of 1 MiB of keys.
+    cache = ((batch, length, num_kv_heads, width), "bfloat16")
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
+        return flash_decoding.attend(
+            q, k, v, first, scale=width**-0.5, implementation=implementation
+        )
+
+    # Blocks that every query sees whole; a last one that is not full.
+    executions = {chip: (batch // cores * blocks, 0) for chip, cores in CORES.items()}
+    kernels = [Kernel("vqcx_flash_decoding", executions)]
+    return Case(
+        step,
+        [((batch, 1, H, width), "bfloat16"), cache, cache, ((), "int32")],
+        kernels if implementation == "pallas_tpu" else [],
+    )
+
+
 CASES: dict[str, Case] = {
     "log_z 16x16": _streamed(16, 16, "bfloat16", False),
     "log_z 16x16, scales": _streamed(16, 16, "bfloat16", True),
@@ -332,4 +355,8 @@ CASES: dict[str, Case] = {
     "attention, complex": _attention(True),
     "attention, RoPE": _attention(False),
     "attention, splash": _splash(),
+    "decode, 4 key heads": _decode(4, 128),
+    "decode, 16 key heads": _decode(16, 128),
+    "decode, 4 of width 64": _decode(4, 64),
+    "decode, 4 key heads, XLA": _decode(4, 128, "xla"),
 }

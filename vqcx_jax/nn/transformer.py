@@ -48,9 +48,12 @@ class Block(nnx.Module):
         info: TokenInfo,
         cache: KVCache | None = None,
         cache_length: jax.Array | int = 0,
+        layer: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """See `Attention.__call__`."""
-        y_BxTxD, cache = self.attention(self.attention_norm(x_BxTxD), info, cache, cache_length)
+        y_BxTxD, cache = self.attention(
+            self.attention_norm(x_BxTxD), info, cache, cache_length, layer
+        )
         x_BxTxD = x_BxTxD + y_BxTxD
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
 
@@ -125,10 +128,11 @@ class Transformer(nnx.Module):
     def empty_cache(self, batch_size: int, max_length: int) -> KVCache:
         """A KV cache for `extend`: all layers stacked, room for max_length positions.
 
-        Nothing is said when it runs over: positions past max_length overwrite the last ones.
+        As many as that is rounded up to a multiple of 8: others are read from a copy on TPUs.
+        Nothing is said when it runs over: positions past them overwrite the last ones.
         """
         config = self.config
-        shape = (config.num_layers, batch_size, max_length, config.num_kv_heads)
+        shape = (config.num_layers, batch_size, -(-max_length // 8) * 8, config.num_kv_heads)
 
         def zeros(width: int) -> jax.Array:
             x = jnp.zeros((*shape, width), jnp.dtype(config.dtype))
@@ -150,13 +154,16 @@ class Transformer(nnx.Module):
         positions = jnp.zeros_like(tokens_BxT) + cache_length + jnp.arange(tokens_BxT.shape[1])
         info = self.blocks.attention.encoding.info(jnp.zeros_like(tokens_BxT), positions)
 
+        # The cache is carried whole, and each layer writes its tokens into it: as slices that the
+        # scan takes and puts back, all of it would be copied for each token.
         def layer(
-            x_BxTxD: jax.Array, block_and_cache: tuple[Block, KVCache]
-        ) -> tuple[jax.Array, KVCache]:
-            block, layer_cache = block_and_cache
-            return block(x_BxTxD, info, layer_cache, cache_length)
+            x_and_cache: tuple[jax.Array, KVCache], block_and_index: tuple[Block, jax.Array]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            (x_BxTxD, cache), (block, index) = x_and_cache, block_and_index
+            return block(x_BxTxD, info, cache, cache_length, index), None
 
-        x_BxTxD, cache = jax.lax.scan(layer, self.embed(tokens_BxT), (self.blocks, cache))
+        layers = (self.blocks, jnp.arange(self.config.num_layers))
+        (x_BxTxD, cache), _ = jax.lax.scan(layer, (self.embed(tokens_BxT), cache), layers)
         return self.final_norm(x_BxTxD), cache
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:

@@ -39,8 +39,8 @@ def in_pieces(model: Any, cache: KVCache) -> tuple[Any, KVCache]:
 def test_prefill_and_decode_equal_hidden(name: str) -> None:
     model = make_model(name)
     empty = model.empty_cache(2, 12)
-    assert empty.k.shape == (2, 2, 12, NUM_KV_HEADS, KEY_WIDTHS.get(name, HEAD_DIM))
-    assert empty.v.shape == (2, 2, 12, NUM_KV_HEADS, HEAD_DIM)
+    assert empty.k.shape == (2, 2, 16, NUM_KV_HEADS, KEY_WIDTHS.get(name, HEAD_DIM))
+    assert empty.v.shape == (2, 2, 16, NUM_KV_HEADS, HEAD_DIM)
     # What lies beyond the filled part of a cache must not matter.
     actual, cache = in_pieces(model, KVCache(empty.k + 100.0, empty.v + 100.0))
     expected = hidden(model, TOKENS, *ONE_DOCUMENT)

@@ -9,13 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_kinds import INPUTS, KINDS, POSITIONS, SEGMENTS, make_layer, with_random_parameters
+from attention_kinds import (
+    INPUTS,
+    KINDS,
+    POSITIONS,
+    SEGMENTS,
+    VOCAB_SIZE,
+    make_layer,
+    with_random_parameters,
+)
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 from versions import newest_jax
 
+from vqcx_jax.config import schema
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn import functional
+from vqcx_jax.nn import KVCache, Transformer, functional
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.ops import device, dispatch
 from vqcx_jax.sharding import constrain, make_mesh
@@ -106,3 +115,95 @@ def test_on_a_cpu() -> None:
     assert ("Attention", "xla") in traced and ("Attention", "pallas_tpu") not in traced
     with pytest.raises(UserError, match="implementation='pallas_tpu': needs a tpu"):
         results(layer("complex", "pallas_tpu"))
+
+
+def decoded(module: Any) -> np.ndarray:
+    """INPUTS, some tokens at a time, with a cache in which nothing else is a number."""
+    key_width = module.encoding.key_width
+    cache = KVCache(*(jnp.full((2, 12, 2, width), jnp.nan) for width in (key_width, 16)))
+    outputs, start = [], 0
+    for size in (4, 1, 1, 3):
+        x = jnp.asarray(INPUTS[:, start : start + size])
+        y, cache = jax.block_until_ready(step(module, x, None, cache, start))
+        outputs.append(y)
+        start += size
+    return np.concatenate(outputs, axis=1)
+
+
+def of_cache(traced: list[tuple[str, str]]) -> set[str]:
+    return {name for operation, name in traced if operation == "flash_decoding.attend"}
+
+
+@nnx.jit
+def step(module: Any, *args: Any) -> Any:
+    return module(*args)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "complex",
+        *(
+            pytest.param(kind, marks=newest_jax)
+            for kind in ("complex_window_soft_cap", "harmonic2", "pope", "alibi_window")
+        ),
+    ],
+)
+def test_decoding_equals_all_at_once(kind: str, tpu: None) -> None:
+    """Every kind decodes by the kernel, whatever it is trained by."""
+    expected, _ = layer(kind, "xla")(jnp.asarray(INPUTS))
+    with dispatch.record() as traced:
+        actual = decoded(layer(kind, "auto"))
+    assert of_cache(traced) == {"pallas_tpu"}
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis_type", ["explicit", pytest.param("auto", marks=newest_jax)])
+def test_model_decodes_sharded_over_rows_and_heads(axis_type: str, tpu: None) -> None:
+    """Each device has its rows and key heads of the cache, of all layers."""
+    config = schema.Model(
+        vocab_size=VOCAB_SIZE,
+        embed_dim=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=24,
+        attention=schema.ComplexAttention(),
+        head=schema.FullHead(),
+        dtype="float32",
+    )
+    model = with_random_parameters(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, params, buffers = functional.split(model)
+    tokens = jnp.arange(12).reshape(2, 6)
+    expected = jax.jit(Transformer.hidden)(model, tokens)
+    mesh = make_mesh({"data": 2, "tensor": 2}, axis_type, jax.devices()[:4])
+    with jax.set_mesh(mesh), dispatch.record() as traced:
+        layout = functional.shardings(model, mesh, model.rules)
+        params, buffers = jax.device_put((params, buffers), layout)
+        extend = jax.jit(lambda *args: nnx.merge(graphdef, params, buffers).extend(*args))
+        cache, outputs = model.empty_cache(2, 7), []
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            piece = constrain(tokens[:, start:end], ROWS, model.rules)
+            h, cache = jax.block_until_ready(extend(piece, cache, start))
+            outputs.append(np.asarray(h))
+    assert of_cache(traced) == {"pallas_tpu"}
+    np.testing.assert_allclose(np.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_implementation_of_a_cached_step(tpu: None) -> None:
+    """The kernel has few tokens: a prompt of more goes by plain JAX, and so do steps of cuDNN's."""
+    x = jnp.ones((2, 17, 16))
+
+    def taken(implementation: str, num_tokens: int) -> str:
+        module = layer("complex", implementation)
+        cache = KVCache(*(jnp.zeros((2, 20, 2, 16)) for _ in range(2)))
+        with dispatch.record() as traced:
+            jax.eval_shape(lambda x: module(x, None, cache, 0), x[:, :num_tokens])
+        (name,) = of_cache(traced)
+        return name
+
+    names = ("auto", "xla", "pallas_tpu", "cudnn")
+    short = {name: taken(name, 16) for name in names}
+    assert short == {"auto": "pallas_tpu", "xla": "xla", "pallas_tpu": "pallas_tpu", "cudnn": "xla"}
+    assert {taken(name, 17) for name in names} == {"xla"}

@@ -128,4 +128,4 @@ def test_cache_on_a_mesh(name: str) -> None:
     actual = np.concatenate([first, second], axis=1)
     chex.assert_trees_all_close(actual, expected[1:, :8], rtol=0, atol=1e-5)
     # One of two key heads.
-    assert cache.k.addressable_shards[0].data.shape[:4] == (2, 1, 9, 1)
+    assert cache.k.addressable_shards[0].data.shape[:4] == (2, 1, 16, 1)

@@ -22,8 +22,9 @@ class AttentionOptions:
     logit_soft_cap: PositiveFloat | None = None
     # Queries and keys have a mean square of 1, times a trained gain, before they are turned.
     qk_norm: bool = False
-    # Of attention without a cache: kernels for TPUs ("pallas_tpu") or NVIDIA GPUs ("cudnn"), or
-    # plain JAX ("xla"). "auto": kernels where they can.
+    # Kernels for TPUs ("pallas_tpu") or NVIDIA GPUs ("cudnn"), or plain JAX ("xla"). "auto":
+    # kernels where they can. Over a KV cache there is one for TPUs alone, of at most 16 tokens at a
+    # time: longer prompts, and all steps of "cudnn", go by plain JAX.
     implementation: Literal["auto", "xla", "pallas_tpu", "cudnn"] = "auto"
 
 

@@ -14,7 +14,7 @@ from vqcx_jax.nn.attention.make import make_encoding
 from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import attention as ops
-from vqcx_jax.ops import dispatch, flash_attention
+from vqcx_jax.ops import dispatch, flash_attention, flash_decoding
 from vqcx_jax.sharding import (
     LogicalAxes,
     block_index,
@@ -27,6 +27,7 @@ from vqcx_jax.sharding import (
 # Keys and values of whole rows, and their segments.
 _ALL_KEYS: LogicalAxes = ("batch", None, "heads", None)
 _ALL_ROWS: LogicalAxes = ("batch", None)
+_STACKED: LogicalAxes = (None, *_ALL_KEYS)  # Of all layers.
 
 
 class KVCache(NamedTuple):
@@ -105,6 +106,7 @@ class Attention(nnx.Module):
         info: TokenInfo | None = None,
         cache: KVCache | None = None,
         cache_length: jax.Array | int = 0,
+        layer: jax.Array | int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Attention within segments.
 
@@ -113,6 +115,7 @@ class Attention(nnx.Module):
             info: from `self.encoding.info`. None: every row is one document and begins at
                 position cache_length. Segments are ignored with a cache.
             cache: keys and values of earlier positions, `cache_length` of them filled.
+            layer: None, or the cache is that of all layers and this the index of its own.
 
         Returns:
             (B, T, D) and the keys and values: the updated cache, or this call's own.
@@ -142,7 +145,8 @@ class Attention(nnx.Module):
             named = None if asked == "auto" else asked
             y_BxTxHxd = dispatch.run("Attention", implementations, named)
         else:
-            y_BxTxHxd, cache = self._extend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, cache, cache_length)
+            new = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
+            y_BxTxHxd, cache = self._extend(*new, cache, cache_length, layer)
         out_HxdxD = constrain(self.out[...].astype(self.dtype), ("heads", None, None), self.rules)
         return einsum("bthk,hkd->btd", y_BxTxHxd, out_HxdxD, HIDDEN, self.rules), cache
 
@@ -284,12 +288,20 @@ class Attention(nnx.Module):
         v_BxTxKxd: jax.Array,
         cache: KVCache,
         cache_length: jax.Array | int,
+        layer: jax.Array | int | None,
     ) -> tuple[jax.Array, KVCache]:
+        new = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
+        if layer is None:
+            stacked = KVCache(*(x[None] for x in cache))
+            y_BxTxHxd, stacked = self._extend(*new, stacked, cache_length, 0)
+            return y_BxTxHxd, KVCache(*(x[0] for x in stacked))
         slopes, slope_axes = self._slopes()
-        in_axes = (*(_ALL_KEYS,) * 5, (), *slope_axes)
-        y_BxTxHxd, *updated = per_device(
-            self._attend_cached, in_axes, (_ALL_KEYS,) * 3, self.rules
-        )(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *cache, jnp.asarray(cache_length, jnp.int32), *slopes)
+        in_axes = (*(_ALL_KEYS,) * 3, _STACKED, _STACKED, (), (), *slope_axes)
+        out_axes = (_ALL_KEYS, _STACKED, _STACKED)
+        indices = [jnp.asarray(x, jnp.int32) for x in (cache_length, layer)]
+        y_BxTxHxd, *updated = per_device(self._attend_cached, in_axes, out_axes, self.rules)(
+            *new, *cache, *indices, *slopes
+        )
         return y_BxTxHxd, KVCache(*updated)
 
     def _slopes(self) -> tuple[tuple[jax.Array, ...], tuple[LogicalAxes, ...]]:
@@ -332,14 +344,33 @@ class Attention(nnx.Module):
         cached_k: jax.Array,
         cached_v: jax.Array,
         cache_length: jax.Array,
+        layer: jax.Array,
         *slopes: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        start = (0, cache_length, 0, 0)
-        cached_k = jax.lax.dynamic_update_slice(cached_k, k.astype(cached_k.dtype), start)
-        cached_v = jax.lax.dynamic_update_slice(cached_v, v.astype(cached_v.dtype), start)
-        mask = self._mask(q.shape[1], cached_k.shape[1], cache_length)
-        y = self._attend(q, cached_k, cached_v, mask, cache_length, *slopes)
+        start = (layer, 0, cache_length, 0, 0)
+        cached_k = jax.lax.dynamic_update_slice(cached_k, k[None].astype(cached_k.dtype), start)
+        cached_v = jax.lax.dynamic_update_slice(cached_v, v[None].astype(cached_v.dtype), start)
+        y = flash_decoding.attend(
+            q,
+            cached_k,
+            cached_v,
+            cache_length,
+            layer=layer,
+            scale=self.encoding.scale,
+            window=self.options.window,
+            soft_cap=self.options.logit_soft_cap,
+            slopes=slopes[0] if slopes else None,
+            implementation=self._named_for_cache(q.shape[1]),
+        )
         return y, cached_k, cached_v
+
+    def _named_for_cache(self, num_queries: int) -> str | None:
+        """The kernel has a cache's last few queries; a prompt, and what cuDNN is for, has none."""
+        asked = self.options.implementation
+        if asked == "auto":
+            return None
+        is_short = num_queries <= flash_decoding.MAX_QUERIES
+        return asked if asked == dispatch.PALLAS_TPU and is_short else dispatch.XLA
 
     def _mask(self, num_queries: int, num_keys: int, first: jax.Array | int) -> jax.Array | None:
         mask = ops.causal_mask(num_queries, num_keys, first) if self.causal else None
