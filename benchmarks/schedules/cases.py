@@ -117,7 +117,7 @@ def _streamed(
     from vqcx_jax.ops.codebook.streaming import block_sizes, tpu
 
     if blocks is None:
-        blocks = block_sizes.block_sizes(KINDS[chip], num_codebooks * num_codes, N)
+        blocks = block_sizes.block_sizes(KINDS[chip], num_codebooks * num_codes, N, product_dtype)
 
     def loss(l_NxMK: jax.Array, codes: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
         code_logits = tuple(jnp.split(l_NxMK, num_codebooks, axis=1))

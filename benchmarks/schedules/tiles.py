@@ -41,12 +41,12 @@ class Tuned:
         return sorted({today, *fitting}, key=lambda sizes: (distance(sizes), sizes))
 
 
-def _streamed() -> Tuned:
+def _streamed(product_dtype: str) -> Tuned:
     from vqcx_jax.ops.codebook.streaming.block_sizes import BlockSizes, block_sizes
     from vqcx_jax.ops.codebook.tpu_tiles import Tile
 
     def of(chip: str) -> BlockSizes:
-        return block_sizes(cases.KINDS[chip], 256, cases.N)
+        return block_sizes(cases.KINDS[chip], 256, cases.N, product_dtype)
 
     def blocks(chip: str, part: str, sizes: Sizes) -> BlockSizes:
         return of(chip)._replace(**{part: Tile(*sizes)})
@@ -89,8 +89,8 @@ def _attention(width: int) -> Tuned:
 
 
 TUNED = {
-    "log_z 16x16": _streamed(),
-    "log_z 16x16, float32": _streamed(),
+    "log_z 16x16": _streamed("bfloat16"),
+    "log_z 16x16, float32": _streamed("float32"),
     "attention, complex": _attention(cases.HEAD_DIM),
     "attention, complex, width 64": _attention(64),
 }
