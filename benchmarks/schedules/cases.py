@@ -1,14 +1,17 @@
 """Kernels and shapes whose schedules are read, and how often their conditional regions run."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from schedules import dump
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+KINDS = {"v5p": "TPU v5", "v6e": "TPU v6 lite"}  # JAX's names, by which the tables go.
 CORES = {"v5p": 2, "v6e": 1}  # Of a chip; schedules are of one of them.
 # Cycles a second: peak bfloat16 operations over twice the products of a bundle.
 CLOCK = {"v5p": 1.75e9, "v6e": 1.75e9}
@@ -19,36 +22,66 @@ T, H, HEAD_DIM, BLOCK = 8192, 16, 128, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Attributes: name, as in the dump; executions of regions by chip, on one core."""
+    """A kernel and its conditional regions.
+
+    Attributes:
+        name: as in the dump. executions: of regions on one core.
+        optional: how many of the last ones may be too short for the dump to tell them apart.
+    """
 
     name: str
-    executions: Mapping[str, Sequence[float]]
+    executions: Sequence[float]
+    optional: int = 0
+
+    def cycles(self, schedule: dump.Schedule) -> tuple[float, list[dump.Part]]:
+        """As `Schedule.cycles`."""
+        least = len(self.executions) - self.optional
+        return schedule.cycles(self.executions[: max(least, len(schedule.regions))])
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Attributes: function to compile, its arguments as (shape, dtype), and its kernels."""
+    """What is compiled.
 
-    function: Callable[..., Any]
+    Attributes:
+        loss: a scalar function. by: arguments that it is differentiated by; none: any function.
+        arguments: (shape, dtype). kernels: of the forward and of the backward pass, or none.
+    """
+
+    loss: Callable[..., jax.Array]
+    by: tuple[int, ...]
     arguments: Sequence[tuple[tuple[int, ...], str]]
     kernels: Sequence[Kernel]
 
 
-def compile_for(name: str, chip: str) -> dict[str, float]:
-    """Compiles a case for the first chip of a topology; what the compiler says of it."""
+def compile_for(case: Case, chip: str, part: str | None = None) -> dict[str, float]:
+    """Compiles a case for the first chip of a topology; what the compiler says of it.
+
+    Args:
+        part: "forward" or "backward" pass alone; None: both.
+    """
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("chip",), devices=devices[:1], axis_types=auto)
     sharding = jax.sharding.NamedSharding(mesh, jax.P())
-    case = CASES[name]
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    function: Callable[..., Any] = case.loss
     arguments = [
-        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-        for shape, dtype in case.arguments
+        placed(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) for shape, dtype in case.arguments
     ]
     with jax.set_mesh(mesh):
-        lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=("tpu",))
+        if part is None and case.by:
+            function = jax.value_and_grad(case.loss, case.by)
+        elif part == "backward":  # Of the residuals, which the pullback is a tree of.
+            pullback = jax.eval_shape(lambda *x: _pullback(case, x), *arguments)
+            arguments = [jax.tree.map(placed, pullback)]
+            function = _pull
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
         compiled = lowered.compile()
     memory = compiled.memory_analysis()
     estimates = map(int, re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
@@ -61,29 +94,49 @@ def compile_for(name: str, chip: str) -> dict[str, float]:
     }
 
 
+def _pull(pullback: Any) -> Any:
+    return pullback(jnp.float32(1))
+
+
+def _pullback(case: Case, arguments: Sequence[Any]) -> Any:
+    def loss(*chosen: Any) -> jax.Array:
+        merged = dict(enumerate(arguments)) | dict(zip(case.by, chosen, strict=True))
+        return case.loss(*merged.values())
+
+    return jax.vjp(loss, *(arguments[i] for i in case.by))[1]
+
+
 # Sums are set to zero once; all else runs in each step.
-_RESIDENT = Kernel("vqcx_resident_softmax", {chip: (1,) for chip in TOPOLOGIES})
+_RESIDENT = Kernel("vqcx_resident_softmax", (1,))
 
 
-def _streamed(num_codebooks: int, num_codes: int, product_dtype: str, has_scale: bool) -> Case:
-    from vqcx_jax.ops.codebook import streaming
+def _streamed(
+    num_codebooks: int,
+    num_codes: int,
+    product_dtype: str,
+    has_scale: bool,
+    chip: str,
+    blocks: Any = None,
+) -> Case:
+    from vqcx_jax.ops.codebook.streaming import block_sizes, tpu
+
+    if blocks is None:
+        blocks = block_sizes.block_sizes(KINDS[chip], num_codebooks * num_codes, N, product_dtype)
 
     def loss(l_NxMK: jax.Array, codes: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
         code_logits = tuple(jnp.split(l_NxMK, num_codebooks, axis=1))
-        z = streaming.log_z(
-            code_logits,
-            codes,
-            bias,
-            scale if has_scale else None,
-            implementation="pallas_tpu",
-            product_dtype=product_dtype,
+        scales = scale if has_scale else None
+        return jnp.sum(
+            tpu.log_z(code_logits, codes, bias, scales, product_dtype=product_dtype, blocks=blocks)
         )
-        return jnp.sum(z)
 
-    # Setting up and finishing are for each block of 1024 positions.
-    once = {chip: N // 1024 // cores for chip, cores in CORES.items()}
+    # Setting up and finishing are for each block of positions. Sums over positions start in each
+    # group of blocks, in about 60 bundles on v6e.
+    forward, backward = (N // tile.positions for tile in blocks)
+    groups = 2 if backward % 2 == 0 else 1
     return Case(
-        jax.value_and_grad(loss, (0, 2, 3)),
+        loss,
+        (0, 2, 3),
         [
             ((N, num_codebooks * num_codes), "float32"),
             ((V, num_codebooks), "int32"),
@@ -91,13 +144,13 @@ def _streamed(num_codebooks: int, num_codes: int, product_dtype: str, has_scale:
             ((V,), "float32"),
         ],
         [
-            Kernel("vqcx_codebook_log_z_forward", {c: (n, n) for c, n in once.items()}),
-            Kernel("vqcx_codebook_log_z_backward", {c: (n, 1) for c, n in once.items()}),
+            Kernel("vqcx_codebook_log_z_forward", _per_core(chip, (forward, forward))),
+            Kernel("vqcx_codebook_log_z_backward", _per_core(chip, (backward, groups)), 1),
         ],
     )
 
 
-def _classes(implementation: str, product_dtype: str) -> Case:
+def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
     """The default head: 16 codebooks of 64, 1432 frequent tokens and as many classes of <= 256."""
     from vqcx_jax.ops.codebook import classes
 
@@ -110,9 +163,9 @@ def _classes(implementation: str, product_dtype: str) -> Case:
         scale: jax.Array,
         bias: jax.Array,
         codes: jax.Array,
-        tokens: tuple[jax.Array, ...],
-        targets: jax.Array,
+        *rest: jax.Array,
     ) -> jax.Array:
+        *tokens, targets = rest
         weights = classes.Weights(codebooks, codes, scale, bias)
         return classes.summed_nll(
             h,
@@ -128,8 +181,8 @@ def _classes(implementation: str, product_dtype: str) -> Case:
     tiles = N // 16 + num_classes
     kernels = [
         _RESIDENT,
-        Kernel("vqcx_members_forward", {chip: (tiles,) for chip in TOPOLOGIES}),
-        Kernel("vqcx_members_backward", {chip: (tiles,) for chip in TOPOLOGIES}),
+        Kernel("vqcx_members_forward", (tiles,)),
+        Kernel("vqcx_members_backward", (tiles,)),
     ]
     tokens = [
         ((2 * num_classes,), "int32"),
@@ -138,9 +191,8 @@ def _classes(implementation: str, product_dtype: str) -> Case:
         ((V,), "int32"),
     ]
     return Case(
-        lambda h, codebooks, scale, bias, codes, *rest: jax.value_and_grad(loss, (0, 1, 2, 3))(
-            h, codebooks, scale, bias, codes, rest[:-1], rest[-1]
-        ),
+        loss,
+        (0, 1, 2, 3),
         [
             ((N, D), "bfloat16"),
             ((num_codebooks, num_codes, D // num_codebooks), "bfloat16"),
@@ -154,7 +206,7 @@ def _classes(implementation: str, product_dtype: str) -> Case:
     )
 
 
-def _one_codebook(implementation: str) -> Case:
+def _one_codebook(implementation: str, chip: str) -> Case:
     """M = 1 in closed form: 1% of V code vectors."""
     from vqcx_jax.ops import codebook
 
@@ -167,7 +219,8 @@ def _one_codebook(implementation: str) -> Case:
         return sums[0]
 
     return Case(
-        jax.value_and_grad(loss, (0, 1, 4)),
+        loss,
+        (0, 1, 4),
         [
             ((N, D), "bfloat16"),
             ((1280, D), "bfloat16"),
@@ -179,26 +232,25 @@ def _one_codebook(implementation: str) -> Case:
     )
 
 
-def _two_codebooks() -> Case:
+def _two_codebooks(chip: str) -> Case:
     """M = 2, additive, in closed form, by XLA: sqrt(V) codes each."""
     from vqcx_jax.ops.codebook import loss as codebook_loss
     from vqcx_jax.ops.codebook import multi
 
     def loss(
         h: jax.Array,
-        codebooks: tuple[jax.Array, ...],
+        first: jax.Array,
+        second: jax.Array,
         assignment: jax.Array,
         targets: jax.Array,
         bias: jax.Array,
     ) -> jax.Array:
-        code_logits = multi.additive_code_logits(h, codebooks)
+        code_logits = multi.additive_code_logits(h, (first, second))
         return jnp.sum(codebook_loss.nll(code_logits, assignment, targets, bias)[0])
 
-    def of_arrays(h: jax.Array, first: jax.Array, second: jax.Array, *rest: jax.Array) -> Any:
-        return jax.value_and_grad(loss, (0, 1, 4))(h, (first, second), *rest)
-
     return Case(
-        of_arrays,
+        loss,
+        (0, 1, 2, 5),
         [
             ((N, D), "bfloat16"),
             ((359, D), "bfloat16"),
@@ -211,7 +263,7 @@ def _two_codebooks() -> Case:
     )
 
 
-def _tokamax() -> Case:
+def _tokamax(chip: str) -> Case:
     def loss(h: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
         import tokamax
         from tokamax._src.ops.linear_softmax_cross_entropy_loss import pallas_mosaic_tpu as peer
@@ -228,24 +280,32 @@ def _tokamax() -> Case:
     # gradients of the tile before, each either started or added to. Copies at edges are left out.
     logits = (1336, 4008, 1336)
     gradients = (*logits, 668, 32, 4676, 5312)
+    forward, backward = {
+        "v5p": (logits, (0, *gradients)),
+        "v6e": ((*logits, 0, 0), (0, 0, 0, *gradients)),
+    }[chip]
     return Case(
-        jax.value_and_grad(loss, (0, 1)),
+        loss,
+        (0, 1),
         [((N, D), "bfloat16"), ((D, V), "bfloat16"), ((N,), "int32")],
         [
-            Kernel("lce_fwd", {"v5p": logits, "v6e": (*logits, 0, 0)}),
-            Kernel("lce_bwd", {"v5p": (0, *gradients), "v6e": (0, 0, 0, *gradients)}),
+            Kernel("lce_fwd", forward),
+            Kernel("lce_bwd", backward),
         ],
     )
 
 
-def _per_core(of_head: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Executions of all heads of a core, from those of one head."""
-    return {chip: tuple(H // cores * n for n in of_head) for chip, cores in CORES.items()}
+def _per_core(chip: str, executions: Sequence[int], times: int = 1) -> tuple[float, ...]:
+    """A core's share of executions, which are as many times as often as is said."""
+    return tuple(times * n / CORES[chip] for n in executions)
 
 
-def _attention(is_complex: bool) -> Case:
+def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> Case:
     """Raw queries and keys; causal, one document."""
-    from vqcx_jax.ops import flash_attention
+    from vqcx_jax.ops.flash_attention import block_sizes, tpu
+
+    if blocks is None:
+        blocks = block_sizes.block_sizes(KINDS[chip], width, is_packed=False)
 
     def loss(
         q: jax.Array,
@@ -256,7 +316,7 @@ def _attention(is_complex: bool) -> Case:
         bias: jax.Array,
         positions: jax.Array,
     ) -> jax.Array:
-        y = flash_attention.attend(
+        y = tpu.attend(
             q,
             k,
             v,
@@ -265,27 +325,42 @@ def _attention(is_complex: bool) -> Case:
             bias=bias if is_complex else None,
             positions=positions,
             segment_ids=None,
-            scale=HEAD_DIM**-0.5,
-            implementation="pallas_tpu",
+            scale=width**-0.5,
+            block_sizes=blocks,
         )
         return jnp.sum(y.astype(jnp.float32))
 
-    heads = ((1, T, H, HEAD_DIM), "bfloat16")
-    planes = ((H, HEAD_DIM // 2), "float32")
-    # Of a head: turning a block of queries or keys, tiles on the diagonal, full tiles, finishing.
-    n = T // BLOCK
-    full = n * (n - 1) // 2
+    heads = ((1, T, H, width), "bfloat16")
+    planes = ((H, width // 2), "float32")
+    forward = _of_plan(blocks.block_q, blocks.block_kv, False)
+    backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
     return Case(
-        jax.grad(loss, (0, 1, 2, 4, 5)),
+        loss,
+        (0, 1, 2, 4, 5),
         [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
         [
-            Kernel("vqcx_flash_fwd", _per_core((n, n, n, full, n))),
-            Kernel("vqcx_flash_bwd", _per_core((n, n, n, full, n, n))),
+            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H)),
+            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H)),
         ],
     )
 
 
-def _splash() -> Case:
+def _of_plan(block_q: int, block_kv: int, is_backward: bool) -> list[int]:
+    """Executions for a head: turning queries or keys, each kind of tile, finishing."""
+    from vqcx_jax.ops.flash_attention import tiles
+
+    visible = tiles.visible(True, None, T)
+    plan = tiles.make_plan(visible, T, block_q, block_kv, range(T // block_kv))
+    of_kinds = [
+        int(sum(plan.code >> tiles.KIND_SHIFT == index)) for index in range(len(plan.kinds))
+    ]
+    rows, columns = T // block_q, T // block_kv
+    if is_backward:
+        return [columns, rows, *of_kinds, rows, columns]
+    return [rows, columns, *of_kinds, rows]
+
+
+def _splash(chip: str) -> Case:
     """JAX's splash attention, of queries and keys that are turned already."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
@@ -310,16 +385,17 @@ def _splash() -> Case:
     n = T // BLOCK
     of_head = (n, n * (n + 1) // 2, n)  # Beginning, every tile that is not hidden, finishing.
     return Case(
-        jax.grad(loss, (0, 1, 2)),
+        loss,
+        (0, 1, 2),
         [heads] * 3,
         [
-            Kernel("splash_mha_fwd", _per_core(of_head)),
-            Kernel("splash_mha_dkv", _per_core(of_head)),
+            Kernel("splash_mha_fwd", _per_core(chip, of_head, H)),
+            Kernel("splash_mha_dkv", _per_core(chip, of_head, H)),
         ],
     )
 
 
-def _decode(num_kv_heads: int, width: int, implementation: str = "pallas_tpu") -> Case:
+def _decode(num_kv_heads: int, width: int, implementation: str, chip: str) -> Case:
     """One token for each of 8 rows, and a full cache of 32,768 positions."""
     from vqcx_jax.ops import flash_decoding
 
@@ -333,30 +409,32 @@ def _decode(num_kv_heads: int, width: int, implementation: str = "pallas_tpu") -
         )
 
     # Blocks that every query sees whole; a last one that is not full.
-    executions = {chip: (batch // cores * blocks, 0) for chip, cores in CORES.items()}
-    kernels = [Kernel("vqcx_flash_decoding", executions)]
+    kernels = [Kernel("vqcx_flash_decoding", _per_core(chip, (batch * blocks, 0)))]
     return Case(
         step,
+        (),
         [((batch, 1, H, width), "bfloat16"), cache, cache, ((), "int32")],
         kernels if implementation == "pallas_tpu" else [],
     )
 
 
-CASES: dict[str, Case] = {
-    "log_z 16x16": _streamed(16, 16, "bfloat16", False),
-    "log_z 16x16, scales": _streamed(16, 16, "bfloat16", True),
-    "log_z 16x16, float32": _streamed(16, 16, "float32", False),
-    "classes 16x64": _classes("pallas_tpu", "bfloat16"),
-    "classes 16x64, XLA": _classes("xla", "float32"),
-    "one codebook": _one_codebook("pallas_tpu"),
-    "one codebook, XLA": _one_codebook("xla"),
-    "two codebooks, XLA": _two_codebooks(),
-    "full, tokamax": _tokamax(),
-    "attention, complex": _attention(True),
-    "attention, RoPE": _attention(False),
-    "attention, splash": _splash(),
-    "decode, 4 key heads": _decode(4, 128),
-    "decode, 16 key heads": _decode(16, 128),
-    "decode, 4 of width 64": _decode(4, 64),
-    "decode, 4 key heads, XLA": _decode(4, 128, "xla"),
+# Of a chip; the first ones, and attention that is ours, also of block sizes.
+CASES: dict[str, Callable[..., Case]] = {
+    "log_z 16x16": functools.partial(_streamed, 16, 16, "bfloat16", False),
+    "log_z 16x16, scales": functools.partial(_streamed, 16, 16, "bfloat16", True),
+    "log_z 16x16, float32": functools.partial(_streamed, 16, 16, "float32", False),
+    "classes 16x64": functools.partial(_classes, "pallas_tpu", "bfloat16"),
+    "classes 16x64, XLA": functools.partial(_classes, "xla", "float32"),
+    "one codebook": functools.partial(_one_codebook, "pallas_tpu"),
+    "one codebook, XLA": functools.partial(_one_codebook, "xla"),
+    "two codebooks, XLA": _two_codebooks,
+    "full, tokamax": _tokamax,
+    "attention, complex": functools.partial(_attention, True, HEAD_DIM),
+    "attention, complex, width 64": functools.partial(_attention, True, 64),
+    "attention, RoPE": functools.partial(_attention, False, HEAD_DIM),
+    "attention, splash": _splash,
+    "decode, 4 key heads": functools.partial(_decode, 4, 128, "pallas_tpu"),
+    "decode, 16 key heads": functools.partial(_decode, 16, 128, "pallas_tpu"),
+    "decode, 4 of width 64": functools.partial(_decode, 4, 64, "pallas_tpu"),
+    "decode, 4 key heads, XLA": functools.partial(_decode, 4, 128, "xla"),
 }

@@ -296,3 +296,49 @@ def test_one_layer_is_copied_at_most() -> None:
         compiled = compile_for(step, q, kv, kv, scalar, scalar, num_kernels=1)
     of_layer = kv.size * kv.dtype.itemsize / kv_shape[0]
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * of_layer
+
+
+@newest_jax
+def test_largest_tiles_of_codes() -> None:
+    """They fit vector memory with as many tokens and scales as there may be, in float32."""
+    num_positions, num_codes, vocab_size = 8192, 64, 2**20
+
+    def loss(*arrays: Any) -> jax.Array:
+        return jnp.sum(log_z("float32", *arrays))
+
+    with jax.set_mesh(mesh_of("v6e", 1)):
+        compile_for(
+            jax.value_and_grad(loss, (0, 2, 3)),
+            (abstract((num_positions, num_codes), "float32"),) * 4,
+            abstract((vocab_size, 4), "int32"),
+            abstract((vocab_size,), "float32"),
+            abstract((vocab_size,), "float32"),
+        )
+
+
+@newest_jax
+def test_largest_tiles_of_attention() -> None:
+    """One document, float32."""
+    shape, planes = (1, 4096, 1, 128), (1, 64)
+
+    def loss(q: Any, k: Any, v: Any, delta: Any, positions: Any) -> jax.Array:
+        y = flash_attention.attend(
+            q,
+            k,
+            v,
+            frequencies=jnp.ones(planes),
+            delta=delta,
+            bias=delta,
+            positions=positions,
+            segment_ids=None,
+            scale=0.1,
+        )
+        return jnp.sum(y)
+
+    with jax.set_mesh(mesh_of("v6e", 1)):
+        compile_for(
+            jax.value_and_grad(loss, (0, 1, 2, 3)),
+            *(abstract(shape, "float32"),) * 3,
+            abstract(planes, "float32"),
+            abstract(shape[:2], "int32"),
+        )

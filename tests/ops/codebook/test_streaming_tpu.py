@@ -159,7 +159,33 @@ def test_what_it_cannot_do() -> None:
 
 def test_tiles_of_the_table_are_whole_registers() -> None:
     for kind in ("TPU v5", "TPU v6 lite", "cpu"):
-        for num_code_logits in (128, 4096):
-            for tile in block_sizes(kind, num_code_logits):
+        for num_code_logits in (128, 512, 4096):
+            for tile in block_sizes(kind, num_code_logits, 8192, "float32"):
                 assert tile.positions % tile.row_block == 0 and tile.row_block % 16 == 0
                 assert tile.tokens % 128 == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_positions", "size"),
+    [
+        ("TPU v6 lite", 1, 1024),
+        ("TPU v6 lite", 2048, 2048),
+        ("TPU v6 lite", 3000, 1024),
+        ("TPU v6 lite", 6000, 3072),
+        ("TPU v6 lite", 5000, 1024),
+        ("TPU v6 lite", 32768, 4096),
+        # Two cores: at least two tiles, and three would be as many as four.
+        ("TPU v5", 2048, 1024),
+        ("TPU v5", 3000, 2048),
+        ("TPU v5", 8192, 4096),
+    ],
+)
+def test_tiles_are_as_large_as_positions_fill(kind: str, num_positions: int, size: int) -> None:
+    forward, backward = block_sizes(kind, 256, num_positions, "bfloat16")
+    assert forward.positions == backward.positions == size
+
+
+def test_exact_products_have_tiles_of_their_own_on_v5p() -> None:
+    wide, exact = (block_sizes("TPU v5", 256, 8192, dtype) for dtype in ("bfloat16", "float32"))
+    assert (wide.backward.positions, exact.backward.positions) == (4096, 1024)
+    assert block_sizes("TPU v5", 512, 8192, "float32") == exact

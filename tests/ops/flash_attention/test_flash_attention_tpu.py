@@ -17,7 +17,8 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.ops import attention
 from vqcx_jax.ops.dispatch import NotSupported
 from vqcx_jax.ops.flash_attention import xla
-from vqcx_jax.ops.flash_attention.tpu import BlockSizes, attend
+from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, block_sizes, fit
+from vqcx_jax.ops.flash_attention.tpu import attend
 
 SMALL = BlockSizes(128, 128, 128, 128, sub_q=128, sub_kv_backward=128)
 
@@ -70,6 +71,12 @@ CASES = {
         blocks=BlockSizes(512, 512, 512, 512, sub_q=128, sub_kv_backward=256),
         window=600,
         length=1000,
+        num_heads=1,
+        num_kv_heads=1,
+    ),
+    "unequal_blocks": Case(
+        blocks=BlockSizes(256, 128, 128, 256, sub_q=128, sub_kv_backward=128),
+        length=500,
         num_heads=1,
         num_kv_heads=1,
     ),
@@ -204,6 +211,7 @@ def test_padding_is_not_seen() -> None:
         ({"k": (1, 128, 2, 32)}, "k: is 32 wide, must be as wide as q, 64"),
         ({"window": 0}, "window=0: must be at least 1"),
         ({"block_sizes": BlockSizes(block_q=100)}, "block_q=100: must be a multiple of 128"),
+        ({"block_sizes": BlockSizes(block_q=384)}, "block_q=384: must divide the largest block, 1"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -219,6 +227,32 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
             segment_ids=None,
             scale=1.0,
         )
+
+
+@pytest.mark.parametrize(
+    ("length", "block_q", "block_kv"),
+    # Three of 2048 would be 6144; a tile of 1664 keys has no two halves.
+    [(8192, 1024, 2048), (1024, 1024, 1024), (5000, 896, 1792), (1600, 896, 1792), (100, 128, 128)],
+)
+def test_blocks_fit_the_length(length: int, block_q: int, block_kv: int) -> None:
+    fitted = fit(BlockSizes(block_kv=2048), length)
+    assert (fitted.block_q, fitted.block_kv) == (block_q, block_kv)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "cpu"])
+def test_tiles_of_the_table_fit_every_length(kind: str) -> None:
+    assert block_sizes(kind, 128, is_packed=True) == block_sizes(kind, 256, False) == BlockSizes()
+    of_table = block_sizes(kind, 128, is_packed=False)
+    for length in (1, 300, 1025, 1600, 5000, 8192, 100_001):
+        fitted = fit(of_table, length)
+        for block, sub, most in (
+            (fitted.block_q, fitted.sub_q, of_table.block_q),
+            (fitted.block_kv, 128, of_table.block_kv),
+            (fitted.block_q_backward, 128, of_table.block_q_backward),
+            (fitted.block_kv_backward, fitted.sub_kv_backward, of_table.block_kv_backward),
+        ):
+            assert block % 128 == sub % 128 == block % sub == 0 and block <= most
+    assert fit(of_table, 8192) == of_table
 
 
 def test_what_it_cannot_do() -> None:

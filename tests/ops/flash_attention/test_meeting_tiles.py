@@ -9,8 +9,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from versions import newest_jax
 
+from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes
 from vqcx_jax.ops.flash_attention.tiles import make_plan, visible
-from vqcx_jax.ops.flash_attention.tpu import BlockSizes, attend
+from vqcx_jax.ops.flash_attention.tpu import attend
 from vqcx_jax.ops.flash_attention.tpu_common import meeting_tiles
 
 

@@ -137,7 +137,12 @@ class Attention(nnx.Module):
             implementations = {
                 dispatch.XLA: functools.partial(self.attend, *encoded),
                 dispatch.PALLAS_TPU: functools.partial(
-                    self._attend_by_flash, raw, (q_BxTxHxd, k_BxTxKxd), v_BxTxKxd, info
+                    self._attend_by_flash,
+                    raw,
+                    (q_BxTxHxd, k_BxTxKxd),
+                    v_BxTxKxd,
+                    info,
+                    is_packed,
                 ),
                 dispatch.CUDNN: functools.partial(self._attend_by_cudnn, *encoded, is_packed),
             }
@@ -200,7 +205,12 @@ class Attention(nnx.Module):
         return q_BxTxHxd, k_BxTxKxd
 
     def _attend_by_flash(
-        self, raw: QueriesAndKeys, encoded: QueriesAndKeys, v_BxTxKxd: jax.Array, info: TokenInfo
+        self,
+        raw: QueriesAndKeys,
+        encoded: QueriesAndKeys,
+        v_BxTxKxd: jax.Array,
+        info: TokenInfo,
+        is_packed: bool,
     ) -> jax.Array:
         """`attend` by kernels, which encode raw queries and keys themselves where they can."""
         if self.encoding.slopes() is not None:
@@ -230,7 +240,7 @@ class Attention(nnx.Module):
                 delta=delta,
                 bias=bias,
                 positions=positions,
-                segment_ids=segment_ids,
+                segment_ids=segment_ids if is_packed else None,
                 scale=self.encoding.scale,
                 causal=self.causal,
                 window=self.options.window,

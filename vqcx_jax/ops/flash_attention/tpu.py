@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops import device
 from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, fit
+from vqcx_jax.ops.flash_attention.block_sizes import block_sizes as of_table
 from vqcx_jax.ops.flash_attention.tiles import visible
 from vqcx_jax.ops.flash_attention.tpu_backward import backward
-from vqcx_jax.ops.flash_attention.tpu_common import BlockSizes, Inputs, Settings, fit
+from vqcx_jax.ops.flash_attention.tpu_common import Inputs, Settings
 from vqcx_jax.ops.flash_attention.tpu_forward import forward
 from vqcx_jax.ops.varying import varying_like
 
@@ -55,7 +58,7 @@ def attend(
         segment_ids: int32 (B, T), as in `segment_mask`; None: one document.
         scale: of the scores, before the soft-cap.
         causal: as `causal_mask`. window: as `window_mask`. soft_cap: as in `core.attend`.
-        block_sizes: of the kernels; None: the defaults.
+        block_sizes: of the kernels; None: those of the table for this device.
         interpret: Pallas's TPU interpreter, for tests.
 
     Returns:
@@ -68,7 +71,10 @@ def attend(
     _, length, num_heads, width = q.shape
     num_kv_heads = k.shape[2]
     _check(q, k, v, window)
-    blocks = fit(block_sizes or BlockSizes(), length)
+    if block_sizes is None:
+        widest, is_packed = max(width, v.shape[-1]), segment_ids is not None
+        block_sizes = of_table(device.current().kind, widest, is_packed)
+    blocks = fit(block_sizes, length)
     settings = Settings(
         scale=float(scale),
         soft_cap=soft_cap,

@@ -1,6 +1,5 @@
 """What the forward and the backward kernel share: settings, operands, scores."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from vqcx_jax.errors import UserError
+from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes
 from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, Kind, Plan, Visible
 from vqcx_jax.ops.flash_attention.transform import Planes
 from vqcx_jax.ops.tpu import LANES, VMEM_LIMIT
@@ -19,60 +18,6 @@ from vqcx_jax.ops.tpu import LANES, VMEM_LIMIT
 LOG2_E = 1.4426950408889634
 # Of masked scores: finite, so that differences of two are not NaN.
 MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Queries and keys of a tile, multiples of 128; capped by the sequence's length.
-
-    Attributes:
-        block_q, block_kv: of the forward pass.
-        block_q_backward, block_kv_backward: of the backward pass.
-        sub_q: queries that the forward pass works on at a time within a tile, which they divide.
-        sub_kv_backward: keys that the backward pass works on at a time, likewise.
-        cached_keys: keys, with values, that stay in VMEM in the forward pass, counted as bfloat16
-            ones of width 128; longer sequences transform keys anew for each tile.
-        chunk_keys: keys of width 128 that the backward pass holds in VMEM with their gradients;
-            longer sequences go in chunks of as many.
-    """
-
-    block_q: int = 1024
-    block_kv: int = 1024
-    block_q_backward: int = 1024
-    block_kv_backward: int = 1024
-    sub_q: int = 256
-    sub_kv_backward: int = 256
-    cached_keys: int = 32768
-    chunk_keys: int = 8192
-
-
-def fit(blocks: BlockSizes, length: int) -> BlockSizes:
-    """Block sizes for a sequence of this length, which is padded to a multiple of the largest.
-
-    Raises:
-        UserError: a size is not a multiple of 128, does not divide the largest, or is not a
-            multiple of its part that is worked on at a time.
-    """
-    names = ("block_q", "block_kv", "block_q_backward", "block_kv_backward")
-    sizes = {}
-    for name in names:
-        size = getattr(blocks, name)
-        if size % LANES or size < 1:
-            raise UserError(f"{name}={size}: must be a multiple of {LANES}")
-        # As many blocks as it takes, and no larger than that many need be.
-        sizes[name] = pl.cdiv(pl.cdiv(length, pl.cdiv(length, size)), LANES) * LANES
-    largest = max(sizes.values())
-    for name, size in sizes.items():
-        if largest % size:
-            raise UserError(f"{name}={size}: must divide the largest block, {largest}")
-    subs = {
-        "sub_q": math.gcd(blocks.sub_q, sizes["block_q"]),
-        "sub_kv_backward": math.gcd(blocks.sub_kv_backward, sizes["block_kv_backward"]),
-    }
-    for name, size in subs.items():
-        if size % LANES:
-            raise UserError(f"{name}={getattr(blocks, name)}: must be a multiple of {LANES}")
-    return dataclasses.replace(blocks, **sizes, **subs)
 
 
 class Settings(NamedTuple):

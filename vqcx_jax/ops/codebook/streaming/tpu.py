@@ -59,7 +59,9 @@ def log_z(
     leading, vocab_size = code_logits[0].shape[:-1], len(assignment)
     num_positions = math.prod(leading)
     check_size(vocab_size, scale)
-    blocks = blocks or block_sizes(device.current().kind, sum(num_codes))
+    if blocks is None:
+        kind = device.current().kind
+        blocks = block_sizes(kind, sum(num_codes), num_positions, product_dtype)
     blocks = BlockSizes(*(tile.within(num_positions, vocab_size) for tile in blocks))
     padded_positions, padded_tokens = (
         up(size, math.lcm(*of_tiles))
