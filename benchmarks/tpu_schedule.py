@@ -4,8 +4,10 @@
 
 A schedule is static: a bundle is issued in each cycle unless the core waits for memory, so bundles
 of a loop body times its trips are the cycles of a kernel that never waits. That is what is printed,
-with the unit that is busiest; it is no measurement. Needs libtpu; the peers need tokamax
-(`pip install -e '.[test]' tokamax`, Python 3.12). Only one process at a time may use libtpu.
+with the unit that is busiest; it is no measurement. "Least" are the cycles of products alone at the
+chip's peak bfloat16 rate, or of the bytes that the kernel's blocks move, whichever are more.
+Needs libtpu, which only one process at a time may use; the peers need tokamax (`pip install -e
+'.[test]' tokamax`, Python 3.12).
 """
 
 import argparse
@@ -19,7 +21,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(cases.CASES), choices=cases.CASES)
     parser.add_argument("--regions", action="store_true", help="print what the cycles are made of")
     args = parser.parse_args()
-    print(f"{'chip':5} {'case':28} {'kernel':34} {'bundles':>8} {'cycles':>12} {'ms':>7}  busiest")
+    print(
+        f"{'chip':5} {'case':28} {'kernel':34} {'bundles':>8} {'cycles':>12} {'ms':>7} "
+        f"{'least':>10} {'VMEM, MB':>8} {'HBM, MB':>8}  busiest"
+    )
     for chip in args.chips:
         for name in args.only:
             _report(name, chip, args.regions)
@@ -32,13 +37,16 @@ def _report(name: str, chip: str, with_regions: bool) -> None:
         print(f"{chip:5} {name:28} does not compile: {error}")
         return
     total = 0.0
-    for kernel, schedule in kernels:
+    for kernel, schedule, moved in kernels:
         cycles, parts = kernel.cycles(schedule)
         total += cycles
         unit, share = schedule.busiest(parts)
+        hbm = "?" if moved is None else f"{moved / 1e6:.0f}"
         print(
             f"{chip:5} {name:28} {kernel.name:34} {len(schedule.usage):8,} {cycles:12,.0f} "
-            f"{1e3 * cycles / cases.CLOCK[chip]:7.3f}  {unit} {share:.0%}"
+            f"{1e3 * cycles / cases.CLOCK[chip]:7.3f} "
+            f"{kernel.least_cycles(chip, moved or 0):10,.0f} "
+            f"{schedule.vmem_bytes / 1e6:8.1f} {hbm:>8}  {unit} {share:.0%}"
         )
         if with_regions:
             for part in parts:

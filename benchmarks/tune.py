@@ -77,7 +77,7 @@ def read(path: Path) -> Records:
 
 def _try(request: compiler.Request) -> Record:
     try:
-        _, [(kernel, schedule)] = compiler.compiled(request)
+        _, [(kernel, schedule, _)] = compiler.compiled(request)
         cycles, parts = kernel.cycles(schedule)
     except compiler.NotCompiledError as error:
         return {"cycles": None, "why": f"does not compile: {error}"}

@@ -146,7 +146,7 @@ def test_a_schedule_that_is_not_understood_is_a_result(
 ) -> None:
     request = tune.compiler.Request(LOSS, "v6e", part, (4096, 1024, 1024))
     kernel, read = request.make().kernels[0], schedule(tune, num_regions)
-    monkeypatch.setattr(tune.compiler, "compiled", lambda request: ({}, [(kernel, read)]))
+    monkeypatch.setattr(tune.compiler, "compiled", lambda request: ({}, [(kernel, read, None)]))
     record = tune._try(request)
     assert record["cycles"] == cycles
     if cycles is None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from schedules import dump
+from schedules import dump, traffic
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 KINDS = {"v5p": "TPU v5", "v6e": "TPU v6 lite"}  # JAX's names, by which the tables go.
 CORES = {"v5p": 2, "v6e": 1}  # Of a chip; schedules are of one of them.
 # Cycles a second: peak bfloat16 operations over twice the products of a bundle.
 CLOCK = {"v5p": 1.75e9, "v6e": 1.75e9}
+# Of a core: bfloat16 products of a cycle, bytes a second from and to HBM.
+PRODUCTS = {"v5p": 4 * 128 * 128, "v6e": 2 * 256 * 256}
+BANDWIDTH = {"v5p": 2.765e12 / 2, "v6e": 1.64e12}
 
 N, D, V = 8192, 2048, 128_256
 T, H, HEAD_DIM, BLOCK = 8192, 16, 128, 1024
@@ -26,12 +29,19 @@ class Kernel:
 
     Attributes:
         name: as in the dump. executions: of regions on one core.
+        products: multiplications that it cannot do without, of all cores.
         optional: how many of the last ones may be too short for the dump to tell them apart.
     """
 
     name: str
     executions: Sequence[float]
+    products: float
     optional: int = 0
+
+    def least_cycles(self, chip: str, hbm_bytes: float) -> float:
+        """Of a core that only multiplies in bfloat16 at the peak rate, or only waits for memory."""
+        products, moved = self.products / CORES[chip], hbm_bytes / CORES[chip]
+        return max(products / PRODUCTS[chip], moved / BANDWIDTH[chip] * CLOCK[chip])
 
     def cycles(self, schedule: dump.Schedule) -> tuple[float, list[dump.Part]]:
         """As `Schedule.cycles`."""
@@ -54,11 +64,16 @@ class Case:
     kernels: Sequence[Kernel]
 
 
-def compile_for(case: Case, chip: str, part: str | None = None) -> dict[str, float]:
-    """Compiles a case for the first chip of a topology; what the compiler says of it.
+def compile_for(
+    case: Case, chip: str, part: str | None = None
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Compiles a case for the first chip of a topology.
 
     Args:
         part: "forward" or "backward" pass alone; None: both.
+
+    Returns:
+        what the compiler says of the program; bytes that each kernel moves, see `traffic`.
     """
     from jax.experimental import topologies
 
@@ -81,17 +96,18 @@ def compile_for(case: Case, chip: str, part: str | None = None) -> dict[str, flo
             pullback = jax.eval_shape(lambda *x: _pullback(case, x), *arguments)
             arguments = [jax.tree.map(placed, pullback)]
             function = _pull
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
-        compiled = lowered.compile()
+        traced = jax.jit(function).trace(*arguments)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = compiled.memory_analysis()
     estimates = map(int, re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
-    return {
+    facts = {
         "arguments, MB": memory.argument_size_in_bytes / 1e6,
         "results, MB": memory.output_size_in_bytes / 1e6,
         "temporaries, MB": memory.temp_size_in_bytes / 1e6,
         # XLA has none for kernels, and the largest integer for what it gives to the SparseCore.
         "XLA's estimate for the rest, M cycles": sum(n for n in estimates if n < 2**62) / 1e6,
     }
+    return facts, traffic.of_kernels(traced.jaxpr)
 
 
 def _pull(pullback: Any) -> Any:
@@ -106,8 +122,9 @@ def _pullback(case: Case, arguments: Sequence[Any]) -> Any:
     return jax.vjp(loss, *(arguments[i] for i in case.by))[1]
 
 
-# Sums are set to zero once; all else runs in each step.
-_RESIDENT = Kernel("vqcx_resident_softmax", (1,))
+def _resident(num_rows: int) -> Kernel:
+    """Sums are set to zero once; all else runs in each step."""
+    return Kernel("vqcx_resident_softmax", (1,), 3 * N * num_rows * D)
 
 
 def _streamed(
@@ -134,6 +151,8 @@ def _streamed(
     # group of blocks, in about 60 bundles on v6e.
     forward, backward = (N // tile.positions for tile in blocks)
     groups = 2 if backward % 2 == 0 else 1
+    # With the matrix of ones and zeros; a float32 operand goes as three parts.
+    products = N * V * num_codebooks * num_codes * (3 if product_dtype == "float32" else 1)
     return Case(
         loss,
         (0, 2, 3),
@@ -144,8 +163,10 @@ def _streamed(
             ((V,), "float32"),
         ],
         [
-            Kernel("vqcx_codebook_log_z_forward", _per_core(chip, (forward, forward))),
-            Kernel("vqcx_codebook_log_z_backward", _per_core(chip, (backward, groups)), 1),
+            Kernel("vqcx_codebook_log_z_forward", _per_core(chip, (forward, forward)), products),
+            Kernel(
+                "vqcx_codebook_log_z_backward", _per_core(chip, (backward, groups)), 2 * products, 1
+            ),
         ],
     )
 
@@ -179,10 +200,11 @@ def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
 
     # At most: as if each class occurred. A class that does not has no tile.
     tiles = N // 16 + num_classes
+    products = N * num_ranks * num_codebooks * num_codes
     kernels = [
-        _RESIDENT,
-        Kernel("vqcx_members_forward", (tiles,)),
-        Kernel("vqcx_members_backward", (tiles,)),
+        _resident(2 * num_classes),
+        Kernel("vqcx_members_forward", (tiles,), products),
+        Kernel("vqcx_members_backward", (tiles,), 2 * products),
     ]
     tokens = [
         ((2 * num_classes,), "int32"),
@@ -228,7 +250,7 @@ def _one_codebook(implementation: str, chip: str) -> Case:
             ((N,), "int32"),
             ((V,), "float32"),
         ],
-        [_RESIDENT] if implementation == "pallas_tpu" else [],
+        [_resident(1280)] if implementation == "pallas_tpu" else [],
     )
 
 
@@ -289,8 +311,8 @@ def _tokamax(chip: str) -> Case:
         (0, 1),
         [((N, D), "bfloat16"), ((D, V), "bfloat16"), ((N,), "int32")],
         [
-            Kernel("lce_fwd", forward),
-            Kernel("lce_bwd", backward),
+            Kernel("lce_fwd", forward, N * V * D),
+            Kernel("lce_bwd", backward, 3 * N * V * D),
         ],
     )
 
@@ -339,10 +361,15 @@ def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> C
         (0, 1, 2, 4, 5),
         [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
         [
-            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H)),
-            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H)),
+            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H), 2 * _triangle(width)),
+            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H), 5 * _triangle(width)),
         ],
     )
+
+
+def _triangle(width: int) -> float:
+    """Products of queries and keys that are not hidden, all heads."""
+    return H * T * (T + 1) / 2 * width
 
 
 def _of_plan(block_q: int, block_kv: int, is_backward: bool) -> list[int]:
@@ -389,8 +416,8 @@ def _splash(chip: str) -> Case:
         (0, 1, 2),
         [heads] * 3,
         [
-            Kernel("splash_mha_fwd", _per_core(chip, of_head, H)),
-            Kernel("splash_mha_dkv", _per_core(chip, of_head, H)),
+            Kernel("splash_mha_fwd", _per_core(chip, of_head, H), 2 * _triangle(HEAD_DIM)),
+            Kernel("splash_mha_dkv", _per_core(chip, of_head, H), 5 * _triangle(HEAD_DIM)),
         ],
     )
 
@@ -409,7 +436,8 @@ def _decode(num_kv_heads: int, width: int, implementation: str, chip: str) -> Ca
         )
 
     # Blocks that every query sees whole; a last one that is not full.
-    kernels = [Kernel("vqcx_flash_decoding", _per_core(chip, (batch * blocks, 0)))]
+    products = 2 * batch * length * H * width
+    kernels = [Kernel("vqcx_flash_decoding", _per_core(chip, (batch * blocks, 0)), products)]
     return Case(
         step,
         (),

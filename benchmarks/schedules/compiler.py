@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))  # As for the scripts that import it.
@@ -51,14 +52,22 @@ class Request:
         return dataclasses.replace(case, kernels=[kernel])
 
 
+class Compiled(NamedTuple):
+    """A kernel, its schedule, and the bytes it moves from and to HBM; None: a run decides them."""
+
+    kernel: cases.Kernel
+    schedule: dump.Schedule
+    hbm_bytes: float | None
+
+
 class NotCompiledError(Exception):
     """Why there is no program."""
 
 
 def compiled(
     request: Request,
-) -> tuple[dict[str, float], list[tuple[cases.Kernel, dump.Schedule]]]:
-    """What the compiler says of the program, and the schedules of its kernels.
+) -> tuple[dict[str, float], list[Compiled]]:
+    """What the compiler says of the program, and its kernels.
 
     Raises:
         NotCompiledError: there is no program.
@@ -71,9 +80,16 @@ def compiled(
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise NotCompiledError(_reason(done.stderr))
-        facts = json.loads(done.stdout.strip().splitlines()[-1])
-        kernels = request.make().kernels
-        return facts, [(kernel, dump.read(Path(directory), kernel.name)) for kernel in kernels]
+        facts, moved = json.loads(done.stdout.strip().splitlines()[-1])
+        return facts, [
+            Compiled(kernel, dump.read(Path(directory), kernel.name), _of(kernel.name, moved))
+            for kernel in request.make().kernels
+        ]
+
+
+def _of(name: str, moved: dict[str, float | None]) -> float | None:
+    """Of the last kernel whose name contains this one."""
+    return next((x for full, x in reversed(moved.items()) if name in full), None)
 
 
 def _reason(stderr: str) -> str:

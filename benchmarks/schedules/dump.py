@@ -16,6 +16,7 @@ _DELAY = 5  # Bundles from a branch to where it leaves off, itself among them.
 
 _ADDRESS = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:LB|LH|LE|PB|PF|CT)?\s*:")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_VMEM = re.compile(r"#allocation\d+ \[.*?space=vmem, size = (0x[0-9a-f]+)")
 _TRIPS = re.compile(r"totalorder [^,]+, (\d+) /\* loop exit test")
 
 
@@ -46,7 +47,7 @@ class Schedule:
     Attributes:
         loop: (start, end). trips: of it. regions: conditional ones inside of it.
         units, capacity: names, and how many of each a bundle has. usage: of each bundle.
-        inner_loops: (start, end, trips).
+        inner_loops: (start, end, trips). vmem_bytes: of all that is allocated in vector memory.
     """
 
     loop: tuple[int, int]
@@ -56,6 +57,7 @@ class Schedule:
     capacity: tuple[int, ...]
     usage: tuple[tuple[int, ...], ...]
     inner_loops: tuple[tuple[int, int, int], ...] = ()
+    vmem_bytes: int = 0
 
     def bundles(self, part: "Part") -> list[tuple[int, int]]:
         """Addresses of a part, and how often each is issued when the part runs once."""
@@ -153,7 +155,8 @@ def read(directory: Path, kernel: str) -> Schedule:
         if loop[0] < start and end <= loop[1]
     )
     units, capacity, usage = _usage(directory, kernel)
-    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage, inner)
+    vmem = _vmem_bytes(directory, kernel)
+    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage, inner, vmem)
 
 
 def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
@@ -181,6 +184,12 @@ def _loops(path: Path) -> list[tuple[int, int, int]]:
         raise ValueError(f"{path.name}: no loop")
     # The test of a loop may come early in its body, which is a region that begins at its header.
     return [(start, max(test, ends.get(start, 0)) + 1, trips) for start, test, trips in tests]
+
+
+def _vmem_bytes(directory: Path, kernel: str) -> int:
+    found = sorted(directory.glob(f"*{kernel}*-pre-finalize-registers-and-allocations.txt"))
+    text = found[-1].read_text() if found else ""
+    return sum(int(size, 16) for size in _VMEM.findall(text))
 
 
 def _usage(

@@ -86,6 +86,14 @@ def test_equals_plain_jax(kind: str, tpu: None) -> None:
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@newest_jax
+@pytest.mark.parametrize("kind", ["complex", "pope"])
+def test_a_row_that_is_one_document(kind: str, tpu: None) -> None:
+    expected, _ = layer(kind, "xla")(jnp.asarray(INPUTS))
+    actual, _ = layer(kind, "pallas_tpu")(jnp.asarray(INPUTS))
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("axis_type", ["explicit", pytest.param("auto", marks=newest_jax)])
 def test_sharded_over_rows_and_heads(axis_type: str, tpu: None) -> None:
     """Each device has its row and its heads, and gradients of what all share are summed."""
