@@ -41,11 +41,13 @@ def _report(name: str, chip: str, with_regions: bool) -> None:
         cycles, parts = kernel.cycles(schedule)
         total += cycles
         unit, share = schedule.busiest(parts)
-        hbm = "?" if moved is None else f"{moved / 1e6:.0f}"
+        hbm = least = "?"  # Where a run decides what is moved.
+        if moved is not None:
+            hbm, least = f"{moved / 1e6:.0f}", f"{kernel.least_cycles(chip, moved):,.0f}"
         print(
             f"{chip:5} {name:28} {kernel.name:34} {len(schedule.usage):8,} {cycles:12,.0f} "
             f"{1e3 * cycles / cases.CLOCK[chip]:7.3f} "
-            f"{kernel.least_cycles(chip, moved or 0):10,.0f} "
+            f"{least:>10} "
             f"{schedule.vmem_bytes / 1e6:8.1f} {hbm:>8}  {unit} {share:.0%}"
         )
         if with_regions:

@@ -23,3 +23,9 @@ def up(number: int, multiple: int) -> int:
 def num_cores(device_kind: str) -> int:
     """Of a chip, which a "parallel" axis of a grid is spread over: chips of one device."""
     return 2 if device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
+
+
+def vmem_limit(device_kind: str) -> int:
+    """Bytes of vector memory that a kernel may ask for on chips of one kind."""
+    has_more = device_kind in ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
+    return 2 * VMEM_LIMIT if has_more else VMEM_LIMIT

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from vqcx_jax.ops import device
 from vqcx_jax.ops.dispatch import NotSupported
 from vqcx_jax.ops.softmax.resident import xla
-from vqcx_jax.ops.tpu import LANES, VMEM_LIMIT, num_cores, out_shape, up
+from vqcx_jax.ops.tpu import LANES, num_cores, out_shape, up, vmem_limit
 from vqcx_jax.ops.varying import varying_like
 
 _ROWS = 16  # A register of bfloat16 has so many.
@@ -100,11 +100,12 @@ def summed_nll(
 def _tile(num_positions: int, num_rows: int, dim: int, itemsize: int) -> Tile:
     dim = up(dim, LANES)
     columns = next(number for number in _COLUMNS if dim % number == 0)
+    limit = vmem_limit(device.current().kind)
     for positions, row_block in _TILES:
         moving = 2 * 2 * positions * dim * itemsize  # h and its gradient, in two buffers each.
         resident = num_rows * dim * (itemsize + 4)
         held = num_rows * (positions * itemsize + 3 * 4 * row_block)
-        if moving + resident + held <= VMEM_LIMIT:
+        if moving + resident + held <= limit:
             return Tile(min(positions, up(num_positions, row_block)), row_block, columns)
     raise NotSupported(f"weights: {num_rows} rows of {dim} do not fit vector memory")
 
@@ -168,7 +169,8 @@ def _forward(static: _Static, inputs: _Inputs) -> tuple[tuple[jax.Array, jax.Arr
         ],
         scratch_shapes=[pltpu.VMEM((num_rows, p), inputs.h.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit(device.current().kind),
         ),
         interpret=static.interpret,
         name="vqcx_resident_softmax",
