@@ -6,6 +6,7 @@ A schedule is static: a bundle is issued in each cycle unless the core waits for
 of a loop body times its trips are the cycles of a kernel that never waits. That is what is printed,
 with the unit that is busiest; it is no measurement. "Least" are the cycles of products alone at the
 chip's peak bfloat16 rate, or of the bytes that the kernel's blocks move, whichever are more.
+Vector memory is what the kernel allocates, without operands that XLA has put there before.
 Needs libtpu, which only one process at a time may use; the peers need tokamax (`pip install -e
 '.[test]' tokamax`, Python 3.12).
 """

@@ -16,7 +16,7 @@ CORES = {"v5p": 2, "v6e": 1}  # Of a chip; schedules are of one of them.
 # Cycles a second: peak bfloat16 operations over twice the products of a bundle.
 CLOCK = {"v5p": 1.75e9, "v6e": 1.75e9}
 # Of a core: bfloat16 products of a cycle, bytes a second from and to HBM.
-PRODUCTS = {"v5p": 4 * 128 * 128, "v6e": 2 * 256 * 256}
+PRODUCTS = {"v5p": 4 * 128 * 128, "v6e": 4 * 256 * 256}
 BANDWIDTH = {"v5p": 2.765e12 / 2, "v6e": 1.64e12}
 
 N, D, V = 8192, 2048, 128_256

@@ -103,7 +103,9 @@ def _tile(num_positions: int, num_rows: int, dim: int, itemsize: int) -> Tile:
     limit = vmem_limit(device.current().kind)
     for positions, row_block in _TILES:
         moving = 2 * 2 * positions * dim * itemsize  # h and its gradient, in two buffers each.
-        resident = num_rows * dim * (itemsize + 4)
+        # A float32 product is one of bfloat16 parts, and those of the weights are kept.
+        parts = 3 * 2 if itemsize == 4 else 0
+        resident = num_rows * dim * (itemsize + 4 + parts)
         held = num_rows * (positions * itemsize + 3 * 4 * row_block)
         if moving + resident + held <= limit:
             return Tile(min(positions, up(num_positions, row_block)), row_block, columns)
