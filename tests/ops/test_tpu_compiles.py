@@ -117,7 +117,8 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
 )
 def test_one_codebook(chip: str, dtype: str) -> None:
     """The summed loss with a cap; in float32 on four chips. Never N K numbers."""
-    num_chips, num_codes, dim = 4 if dtype == "float32" else 1, 1290, 640
+    num_chips, num_codes, dim = 4 if dtype == "float32" else 1, 1290, 256
+    num_positions = 16_000
 
     def sums(*arrays: Any) -> jax.Array:
         loss, _ = codebook.summed_nll(*arrays, 0.1, cap=30.0)
@@ -131,18 +132,16 @@ def test_one_codebook(chip: str, dtype: str) -> None:
     with jax.set_mesh(mesh_of(chip, num_chips)):
         compiled = compile_for(
             jax.value_and_grad(loss, (0, 1, 5)),
-            abstract((N, dim), dtype, jax.P("data", None)),
+            abstract((num_positions, dim), dtype, jax.P("data", None)),
             abstract((num_codes, dim), dtype),
             abstract((V,), "int32"),
-            abstract((N,), "int32", jax.P("data")),
-            abstract((N,), "bool", jax.P("data")),
+            abstract((num_positions,), "int32", jax.P("data")),
+            abstract((num_positions,), "bool", jax.P("data")),
             abstract((V,), "float32"),
             num_kernels=1,
         )
-    of_chip = N // num_chips
-    for positions in (of_chip, -(-of_chip // 512) * 512):  # With padding, too.
-        assert f"[{positions},{num_codes}]" not in compiled.as_text()
-        assert f"[{positions},{num_codes + 6}]" not in compiled.as_text()
+    of_logits = 4 * num_positions * num_codes / num_chips
+    assert compiled.memory_analysis().temp_size_in_bytes < of_logits
 
 
 @pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
