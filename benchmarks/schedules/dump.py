@@ -187,9 +187,8 @@ def _loops(path: Path) -> list[tuple[int, int, int]]:
 
 
 def _vmem_bytes(directory: Path, kernel: str) -> int:
-    found = sorted(directory.glob(f"*{kernel}*-pre-finalize-registers-and-allocations.txt"))
-    text = found[-1].read_text() if found else ""
-    return sum(int(size, 16) for size in _VMEM.findall(text))
+    path = sorted(directory.glob(f"*{kernel}*-pre-finalize-registers-and-allocations.txt"))[-1]
+    return sum(int(size, 16) for size in _VMEM.findall(path.read_text()))
 
 
 def _usage(

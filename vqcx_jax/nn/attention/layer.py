@@ -215,10 +215,10 @@ class Attention(nnx.Module):
         """`attend` by kernels, which encode raw queries and keys themselves where they can."""
         if self.encoding.slopes() is not None:
             raise dispatch.NotSupported(f"kind={self.options.kind}: kernels have no slopes")
-        phases = self.encoding.phases()
-        q_and_k = encoded if phases is None else raw
+        phases, q_and_k = self.encoding.phases(), raw
         if phases is None:  # Not to be turned any more.
-            phases = Phases((jnp.zeros((encoded[0].shape[-1] // 2,), jnp.float32),), ((None,),))
+            zeros_P = jnp.zeros((encoded[0].shape[-1] // 2,), jnp.float32)
+            phases, q_and_k = Phases((zeros_P,), ((None,),)), encoded
         if mesh_axes("sequence", self.rules):
             raise dispatch.NotSupported("the sequence is sharded: kernels need it whole")
 
