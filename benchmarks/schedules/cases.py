@@ -171,6 +171,29 @@ def _streamed(
     )
 
 
+def _best(num_codebooks: int, num_codes: int, chip: str) -> Case:
+    """The 50 best tokens of each of 8 positions, and log Z: a step of decoding."""
+    from vqcx_jax.ops.codebook.streaming import tpu
+
+    num_positions = 8
+
+    def best(l_NxMK: jax.Array, codes: jax.Array, bias: jax.Array) -> Any:
+        code_logits = tuple(jnp.split(l_NxMK, num_codebooks, axis=1))
+        return tpu.top_k(code_logits, codes, 50, bias)
+
+    products = 16 * V * num_codebooks * num_codes * 3  # A register's rows, and float32 in parts.
+    return Case(
+        best,
+        (),
+        [
+            ((num_positions, num_codebooks * num_codes), "float32"),
+            ((V, num_codebooks), "int32"),
+            ((V,), "float32"),
+        ],
+        [Kernel("vqcx_codebook_top_k", (1, 1), products, 2)],
+    )
+
+
 def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
     """The default head: 16 codebooks of 64, 1432 frequent tokens and as many classes of <= 256."""
     from vqcx_jax.ops.codebook import classes
@@ -451,6 +474,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "log_z 16x16": functools.partial(_streamed, 16, 16, "bfloat16", False),
     "log_z 16x16, scales": functools.partial(_streamed, 16, 16, "bfloat16", True),
     "log_z 16x16, float32": functools.partial(_streamed, 16, 16, "float32", False),
+    "top_k 16x16": functools.partial(_best, 16, 16),
     "classes 16x64": functools.partial(_classes, "pallas_tpu", "bfloat16"),
     "classes 16x64, XLA": functools.partial(_classes, "xla", "float32"),
     "one codebook": functools.partial(_one_codebook, "pallas_tpu"),

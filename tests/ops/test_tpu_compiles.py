@@ -297,6 +297,26 @@ def test_one_layer_is_copied_at_most() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * of_layer
 
 
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_best_tokens(chip: str) -> None:
+    """Of a few positions and of many codes, with scales."""
+    num_positions, num_codes, vocab_size = 8, 256, 100_000
+
+    def best(*arrays: Any) -> Any:
+        code_logits, codes, bias, scale = arrays
+        return streaming.top_k(code_logits, codes, 50, bias, scale)
+
+    with jax.set_mesh(mesh_of(chip, 1)):
+        compile_for(
+            best,
+            (abstract((num_positions, num_codes), "float32"),) * 16,
+            abstract((vocab_size, 16), "int32"),
+            abstract((vocab_size,), "float32"),
+            abstract((vocab_size,), "float32"),
+            num_kernels=1,
+        )
+
+
 @newest_jax
 def test_largest_tiles_of_codes() -> None:
     """They fit vector memory with as many tokens and scales as there may be, in float32."""

@@ -11,8 +11,9 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.base import Head, Sampler
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
-from vqcx_jax.ops import device, soft_cap, softmax
-from vqcx_jax.ops.codebook import check_codes, loss, multi, sampling
+from vqcx_jax.ops import device, sampling, soft_cap, softmax
+from vqcx_jax.ops.codebook import check_codes, loss, multi
+from vqcx_jax.ops.codebook import sampling as codebook_sampling
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 Form = Literal["additive", "product"]
@@ -136,6 +137,11 @@ class MultiVQHead(Head):
 
         return per_device(logits, [HIDDEN, ()], [HIDDEN], self.rules)(h_BxTxD, self._arrays())[0]
 
+    def top_k(self, h_BxTxD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """See `Head.top_k`. Without V logits on TPUs, by a kernel that sums log Z as well."""
+        z_BxTxk, tokens_BxTxk, log_z_BxTx1 = self._listed(h_BxTxD, self._arrays(), k)
+        return z_BxTxk - log_z_BxTx1, tokens_BxTxk
+
     def sampler(
         self,
         *,
@@ -143,13 +149,26 @@ class MultiVQHead(Head):
         top_k: int | None = None,
         top_p: float | jax.Array | None = None,
     ) -> Sampler:
-        """See `Head.sampler`. Without V logits if the loss closes; top_k and top_p take them."""
-        if top_k is not None or top_p is not None or not self.closes:
-            return super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        """See `Head.sampler`. Top-k as in `top_k`; else without V logits if the loss closes.
+
+        V logits are made for top_p without top_k: a nucleus has no bound on its size.
+        """
         arrays = self._arrays()
+        if top_k is not None:
+            k = min(top_k, self.vocab_size)
+
+            def sample_best(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+                z_BxTxk, tokens_BxTxk, _ = self._listed(h_BxTxD, arrays, k)
+                return sampling.sample_listed(
+                    z_BxTxk, tokens_BxTxk, key, temperature=temperature, top_p=top_p
+                )
+
+            return sample_best
+        if top_p is not None or not self.closes:
+            return super().sampler(temperature=temperature, top_p=top_p)
         bias = arrays.get("bias", jnp.zeros((self.vocab_size,), jnp.float32))
         num_codebooks, num_codes, _ = self.codebooks.shape
-        draw = sampling.cell_sampler(
+        draw = codebook_sampling.cell_sampler(
             arrays["assignment"],
             (num_codes,) * num_codebooks,
             bias,
@@ -215,6 +234,21 @@ class MultiVQHead(Head):
         if self.has_own:
             weights_VxD = weights_VxD.at[arrays["own_tokens"]].set(arrays["own_vectors"])
         return weights_VxD
+
+    def _listed(
+        self, h_BxTxD: jax.Array, arrays: dict[str, Any], k: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Logits and tokens of the k most probable, (B, T, k), and log Z, (B, T, 1)."""
+
+        def listed(
+            h_BxTxD: jax.Array, arrays: dict[str, Any]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            code_logits, own = self._code_logits(h_BxTxD, arrays)
+            bias, scale = arrays.get("bias"), arrays.get("scale")
+            z, tokens, log_z = loss.top_k(code_logits, arrays["assignment"], k, bias, scale, own)
+            return z, tokens, log_z[..., None]
+
+        return per_device(listed, [HIDDEN, ()], [HIDDEN] * 3, self.rules)(h_BxTxD, arrays)
 
     def _code_logits(
         self, h_BxTxD: jax.Array, arrays: dict[str, Any]

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from vqcx_jax.ops.codebook import bilinear, closed_form, multi, scatter, streaming
 from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.sampling import first_of_sorted
 
 
 class Own(NamedTuple):
@@ -85,18 +86,18 @@ def nll(
     if own is None:
         z = log_z(code_logits, assignment, bias, scale, product_dtype=product_dtype)
         return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
-    vocab_size = assignment.shape[0]
-    bias_V = jnp.zeros((vocab_size,), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    is_own_V = jnp.zeros((vocab_size,), bool).at[own.tokens].set(True)
-    bias_of_rest_V = jnp.where(is_own_V, -jnp.inf, bias_V)
-    rest = log_z(code_logits, assignment, bias_of_rest_V, scale, product_dtype=product_dtype)
+    bias_V = _bias_of_all(assignment, bias)
+    rest = log_z(
+        code_logits, assignment, _bias_of_rest(bias_V, own), scale, product_dtype=product_dtype
+    )
     own_z = jax.nn.logsumexp(own.logits + bias_V[own.tokens], axis=-1)
     z = jnp.logaddexp(own_z, rest)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
     is_target = own.tokens == targets[..., None]
     of_own = jnp.sum(jnp.where(is_target, own.logits, 0.0), axis=-1)
     of_codes = multi.target_logits(code_logits, assignment, targets, None, scale)
-    return z - (jnp.where(is_own_V[targets], of_own, of_codes) + bias_V[targets]), z
+    is_own = jnp.any(is_target, axis=-1)
+    return z - (jnp.where(is_own, of_own, of_codes) + bias_V[targets]), z
 
 
 def logits(
@@ -112,3 +113,35 @@ def logits(
     z = scatter.logits(code_logits, assignment, None, scale)
     z = z.at[..., own.tokens].set(own.logits)
     return z if bias is None else z + bias.astype(jnp.float32)
+
+
+def top_k(
+    code_logits: multi.CodeLogits,
+    assignment: jax.Array,
+    k: int,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    own: Own | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k largest of `logits`, their tokens, and log Z, see `streaming.top_k`."""
+    if own is None:
+        return streaming.top_k(code_logits, assignment, k, bias, scale)
+    bias_V = _bias_of_all(assignment, bias)
+    rest_z, rest, log_z_of_rest = streaming.top_k(
+        code_logits, assignment, k, _bias_of_rest(bias_V, own), scale
+    )
+    own_z = own.logits + bias_V[own.tokens]
+    tokens = jnp.broadcast_to(own.tokens, own_z.shape)
+    listed = jnp.concatenate([rest_z, own_z], -1), jnp.concatenate([rest, tokens], -1)
+    log_z = jnp.logaddexp(jax.nn.logsumexp(own_z, axis=-1), log_z_of_rest)
+    return *first_of_sorted(*listed, k), log_z
+
+
+def _bias_of_all(assignment: jax.Array, bias: jax.Array | None) -> jax.Array:
+    zeros = jnp.zeros(assignment.shape[:1], jnp.float32)
+    return zeros if bias is None else bias.astype(jnp.float32)
+
+
+def _bias_of_rest(bias_V: jax.Array, own: Own) -> jax.Array:
+    """-inf for own tokens, whose codes are not used."""
+    return bias_V.at[own.tokens].set(-jnp.inf)

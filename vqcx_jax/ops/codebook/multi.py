@@ -101,6 +101,22 @@ def logits(
     return z if bias is None else z + bias.astype(jnp.float32)
 
 
+def listed_logits(
+    code_logits: CodeLogits,
+    assignment: jax.Array,
+    tokens: jax.Array,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    """Z of I listed tokens of each position: float32 (..., I), for int (..., I) in [0, V)."""
+    codes = assignment[tokens]
+    picked = (jnp.take_along_axis(l, codes[..., m], axis=-1) for m, l in enumerate(code_logits))
+    z = sum(picked, start=jnp.float32(0))
+    if scale is not None:
+        z = z * scale.astype(jnp.float32)[tokens]
+    return z if bias is None else z + bias.astype(jnp.float32)[tokens]
+
+
 def target_logits(
     code_logits: CodeLogits,
     assignment: jax.Array,

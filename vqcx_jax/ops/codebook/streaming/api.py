@@ -1,11 +1,11 @@
-"""Log Z of any number of codebooks, by the implementation that suits the device."""
+"""Log Z and the best tokens of any number of codebooks, by what suits the device."""
 
 import functools
 
 import jax
 from jax.typing import DTypeLike
 
-from vqcx_jax.ops import dispatch
+from vqcx_jax.ops import dispatch, sampling
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.codebook.streaming import mosaic_gpu, tpu, xla
@@ -49,3 +49,38 @@ def log_z(
             mosaic_gpu.log_z, *arrays, product_dtype=product_dtype
         )
     return dispatch.run("codebook.streaming.log_z", implementations, implementation)
+
+
+def top_k(
+    code_logits: multi.CodeLogits,
+    assignment: jax.Array,
+    k: int,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k largest of the logits z_v of `log_z`, their tokens, and log Z, in one pass.
+
+    Equal logits: the lowest token first, as in `jax.lax.top_k`.
+
+    Args:
+        k: in 1 .. V.
+        implementation: "xla", "pallas_tpu", or None: the kernel on TPUs. Others as in `log_z`.
+
+    Returns:
+        logits: float32 (..., k), from large to small. tokens: int32 (..., k). log_z: float32 (...).
+
+    Raises:
+        UserError: as `log_z`; k is not in 1 .. V.
+    """
+    multi.check_assignment(code_logits, assignment)
+    check_per_token("bias", bias, assignment.shape[0])
+    check_per_token("scale", scale, assignment.shape[0])
+    sampling.check_k(k, assignment.shape[0])
+    arrays = (code_logits, assignment, k, bias, scale)
+    implementations = {
+        dispatch.XLA: functools.partial(xla.top_k, *arrays),
+        dispatch.PALLAS_TPU: functools.partial(tpu.top_k, *arrays),
+    }
+    return dispatch.run("codebook.streaming.top_k", implementations, implementation)

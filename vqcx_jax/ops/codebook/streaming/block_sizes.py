@@ -56,3 +56,10 @@ def block_sizes(
     cores = num_cores(device_kind)
     positions = min(sizes, key=lambda size: (up(num_positions, cores * size), -size))
     return BlockSizes(*(tile._replace(positions=positions) for tile in blocks))
+
+
+def top_k_tile(num_code_logits: int) -> Tile:
+    """For `tpu.top_k`, by hand: tokens of a group are tokens over 128, here 16 or fewer."""
+    if num_code_logits <= 256:
+        return Tile(256, 2048, 256)
+    return Tile(256, 1024, 256) if num_code_logits <= 1024 else Tile(256, 512, 256)

@@ -62,6 +62,26 @@ def log_z(
     return _log_z(rows, assignment, scale, bias).reshape(leading)
 
 
+def top_k(
+    code_logits: multi.CodeLogits,
+    assignment: jax.Array,
+    k: int,
+    bias: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.top_k`. V logits of `_BLOCK_POSITIONS` positions at a time."""
+
+    def of_position(code_logits: multi.CodeLogits) -> tuple[jax.Array, jax.Array, jax.Array]:
+        z_V = multi.logits(code_logits, assignment, bias, scale)
+        return *jax.lax.top_k(z_V, k), jax.nn.logsumexp(z_V)
+
+    leading = code_logits[0].shape[:-1]
+    rows = tuple(l.reshape(-1, l.shape[-1]) for l in code_logits)
+    results = jax.lax.map(of_position, rows, batch_size=_BLOCK_POSITIONS)
+    z, tokens, log_z = (x.reshape(*leading, *x.shape[1:]) for x in results)
+    return z, tokens, log_z
+
+
 @jax.custom_vjp
 def _log_z(
     code_logits: multi.CodeLogits,
