@@ -49,25 +49,33 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "own, residual 2",
     )
     num_classes = _classes(num_codes)
-    by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
-    k_means = {**FILE, "model.head.num_codes": num_codes}
-    return {
-        "full": Variant(FULL),
-        "product 16": product(16),
-        "product 16 in classes": Variant(
+
+    def in_classes(num_codebooks: int, num_codes: int) -> Variant:
+        return Variant(
             {
                 "model.head.kind": "class_vq",
                 "model.head.assignment": "file",
-                "model.head.num_codebooks": 16,
-                "model.head.num_codes": of_product,
+                "model.head.num_codebooks": num_codebooks,
+                "model.head.num_codes": num_codes,
                 "model.head.num_classes": num_classes,
                 "model.head.num_frequent": num_classes,
                 "model.head.token_scale": True,
                 "model.head.bias_init": "counts",
                 "model.head.code_init": "centroids",
             },
-            "product 16, scale, classes",
-        ),
+            f"product {num_codebooks}, scale, classes"
+            if num_codes == of_product
+            else f"product {num_codebooks} x {num_codes}, scale, classes",
+        )
+
+    by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
+    k_means = {**FILE, "model.head.num_codes": num_codes}
+    return {
+        "full": Variant(FULL),
+        "product 16": product(16),
+        "product 16 in classes": in_classes(16, of_product),
+        "product 64 x 16 in classes": in_classes(64, 16),
+        "product 32 x 64 in classes": in_classes(32, 64),
         "full, from co-occurrence and counts": from_counts(
             Variant({**FULL, "model.head.start": "cooccurrence"})
         ),
@@ -164,11 +172,11 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
         found[f"product {m}"] = options
         found[f"product {m}, scale"] = {**options, "scale": True}
     num_classes = _classes(num_codes)
-    found["product 16, scale, classes"] = {
-        **found["product 16, scale"],
-        "classes": num_classes,
-        "frequent": num_classes,
-    }
+    classes = {"classes": num_classes, "frequent": num_classes}
+    found["product 16, scale, classes"] = {**found["product 16, scale"], **classes}
+    for m, k in ((64, 16), (32, 64)):
+        options = {**found["product 16, scale"], "num_codebooks": m, "num_codes": k}
+        found[f"product {m} x {k}, scale, classes"] = {**options, **classes}
     return found
 
 
