@@ -76,6 +76,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "product 16 in classes": in_classes(16, of_product),
         "product 64 x 16 in classes": in_classes(64, 16),
         "product 32 x 64 in classes": in_classes(32, 64),
+        "product 64 x 64 in classes": in_classes(64, 64),
         "full, from co-occurrence and counts": from_counts(
             Variant({**FULL, "model.head.start": "cooccurrence"})
         ),
@@ -174,7 +175,7 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
     num_classes = _classes(num_codes)
     classes = {"classes": num_classes, "frequent": num_classes}
     found["product 16, scale, classes"] = {**found["product 16, scale"], **classes}
-    for m, k in ((64, 16), (32, 64)):
+    for m, k in ((64, 16), (32, 64), (64, 64)):
         options = {**found["product 16, scale"], "num_codebooks": m, "num_codes": k}
         found[f"product {m} x {k}, scale, classes"] = {**options, **classes}
     return found

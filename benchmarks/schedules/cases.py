@@ -209,8 +209,8 @@ def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
         codes: jax.Array,
         *rest: jax.Array,
     ) -> jax.Array:
-        *tokens, targets = rest
-        weights = classes.Weights(codebooks, codes, scale, bias)
+        member_codes, *tokens, targets = rest
+        weights = classes.Weights(codebooks, codes, scale, bias, member_codes)
         return classes.summed_nll(
             h,
             weights,
@@ -244,6 +244,7 @@ def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
             ((num_nodes,), "float32"),
             ((num_nodes,), "float32"),
             ((num_nodes, num_codebooks), "int32"),
+            ((num_classes, num_codebooks, num_ranks), "uint8"),
             *tokens,
             ((N,), "int32"),
         ],

@@ -50,9 +50,25 @@ def _kernels(
                 yield from _kernels(closed.jaxpr, closed.consts, values)
         is_small = all(math.prod(x.aval.shape) <= _SMALL for x in equation.outvars)
         if is_small and not any(x is None for x in values):
-            results = equation.primitive.bind(*values, **parameters)
-            results = results if equation.primitive.multiple_results else [results]
-            known.update(zip(equation.outvars, results, strict=True))
+            known.update(zip(equation.outvars, _results(equation, values), strict=True))
+
+
+def _results(equation: Any, values: Sequence[Any]) -> list[Any]:
+    """Of an equation; one that is compiled would be so for a device that is not there."""
+    if equation.primitive.name != "jit":
+        results = equation.primitive.bind(*values, **equation.params)
+        return list(results) if equation.primitive.multiple_results else [results]
+    closed = equation.params["jaxpr"]
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(closed.jaxpr.invars, values, strict=True))
+
+    def value(x: Any) -> Any:
+        return x.val if isinstance(x, jex.Literal) else known[x]
+
+    for inner in closed.jaxpr.eqns:
+        results = _results(inner, [value(x) for x in inner.invars])
+        known.update(zip(inner.outvars, results, strict=True))
+    return [value(x) for x in closed.jaxpr.outvars]
 
 
 def _bytes(block: Any, grid: tuple[int, ...], scalars: list[Any]) -> float | None:

@@ -150,8 +150,8 @@ def test_classes(chip: str, dtype: str) -> None:
     num_codebooks, num_codes, dim, num_classes, num_ranks = 4, 40, 64, 50, 130
 
     def loss(h: Any, codebooks: Any, scale: Any, bias: Any, codes: Any, *rest: Any) -> jax.Array:
-        weights = classes.Weights(codebooks, codes, scale, bias)
-        *tokens, targets = rest
+        member_codes, *tokens, targets = rest
+        weights = classes.Weights(codebooks, codes, scale, bias, member_codes)
         in_classes = classes.Classes(*tokens)
         counts = targets > 0
         return classes.summed_nll(h, weights, in_classes, targets, counts, product_dtype=dtype)
@@ -165,6 +165,7 @@ def test_classes(chip: str, dtype: str) -> None:
             abstract((nodes,), "float32"),
             abstract((nodes,), "float32"),
             abstract((nodes, num_codebooks), "int32"),
+            abstract((num_classes, num_codebooks, num_ranks), "uint8"),
             abstract((60 + num_classes,), "int32"),
             abstract((V,), "int32"),
             abstract((num_classes, num_ranks), "int32"),

@@ -36,11 +36,13 @@ def make(dtype: Any, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
     def normal(*shape: int) -> Any:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
+    codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
     weights = classes.Weights(
         normal(M, K, D // M).astype(dtype),
-        jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32),
+        codes,
         normal(V + C) if scale else None,
         normal(V + C) if bias else None,
+        classes.member_codes(codes, CLASSES.members, K),
     )
     h = normal(5, 23, D).astype(dtype)
     targets = jnp.asarray(rng.permutation(5 * 23) % V).reshape(5, 23)
@@ -64,12 +66,23 @@ def fast(h: Any, weights: Any, targets: Any) -> Any:
 def gradients(function: Any, result: int) -> Any:
     def run(h: Any, weights: Any, targets: Any) -> Any:
         def loss(h: Any, codebooks: Any, scale: Any, bias: Any) -> Any:
-            replaced = classes.Weights(codebooks, weights.codes, scale, bias)
+            replaced = weights._replace(codebooks=codebooks, scale=scale, bias=bias)
             return jnp.sum(jnp.sin(function(h, replaced, targets)[result]))
 
         return jax.grad(loss, (0, 1, 2, 3))(h, weights.codebooks, weights.scale, weights.bias)
 
     return run
+
+
+@pytest.mark.parametrize(("num_codes", "dtype"), [(256, "uint8"), (257, "int32")])
+def test_codes_of_members(num_codes: int, dtype: str) -> None:
+    codes = np.random.default_rng(0).integers(num_codes, size=(V + C, M))
+    codes[0] = num_codes - 1
+    found = classes.member_codes(jnp.asarray(codes), CLASSES.members, num_codes)
+    assert found.dtype == dtype
+    for token in np.flatnonzero(class_of() >= 0):
+        of_token = found[class_of()[token], :, CLASSES.rank_of[token]]
+        np.testing.assert_array_equal(of_token, codes[token])
 
 
 def test_classes_can_be_read_in_all_directions() -> None:
@@ -140,6 +153,7 @@ def test_work_does_not_grow_with_the_vocabulary() -> None:
         jnp.zeros((vocab_size + num_classes, 8), jnp.int32),
         jnp.ones(vocab_size + num_classes),
         jnp.zeros(vocab_size + num_classes),
+        jnp.zeros((num_classes, 8, tokens.members.shape[1]), jnp.uint8),
     )
 
     def loss(h: Any, codebooks: Any, tokens: Any, targets: Any) -> Any:

@@ -38,11 +38,13 @@ def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]
     def normal(*shape: int) -> Any:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
+    codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
     weights = classes.Weights(
         normal(M, K, D // M),
-        jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32),
+        codes,
         normal(V + C) if scale else None,
         normal(V + C) if bias else None,
+        classes.member_codes(codes, CLASSES.members, K),
     )
     choices = {
         "anywhere": np.arange(V),
@@ -54,10 +56,13 @@ def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]
     return normal(7, 11, D), weights, class_, CLASSES.rank_of[tokens], normal(7, 11)
 
 
-def values_and_gradients(nll: Any, codes: Any) -> Any:
+def values_and_gradients(nll: Any, weights: Any) -> Any:
+    codes, member_codes = np.asarray(weights.codes), np.asarray(weights.member_codes)
+
     def function(h: Any, arrays: Any, class_: Any, rank: Any, g: Any) -> Any:
         def of(h: Any, codebooks: Any, scale: Any, bias: Any) -> Any:
-            weights = classes.Weights(codebooks, jnp.asarray(codes), scale, bias)
+            integers = jnp.asarray(codes), jnp.asarray(member_codes)
+            weights = classes.Weights(codebooks, integers[0], scale, bias, integers[1])
             return nll(h, weights, CLASSES, class_, rank)
 
         values, vjp = jax.vjp(of, h, *arrays)
@@ -71,9 +76,8 @@ def both(inputs: Any, in_float64: Any, **options: Any) -> tuple[Any, Any]:
     arrays = (weights.codebooks, weights.scale, weights.bias)
     options = {"interpret": pltpu.InterpretParams()} | options
     kernel = functools.partial(tpu.nll, **options)
-    codes = np.asarray(weights.codes)
-    expected = in_float64(values_and_gradients(xla.nll, codes), h, arrays, class_, rank, g)
-    actual = jax.jit(values_and_gradients(kernel, weights.codes))(h, arrays, class_, rank, g)
+    expected = in_float64(values_and_gradients(xla.nll, weights), h, arrays, class_, rank, g)
+    actual = jax.jit(values_and_gradients(kernel, weights))(h, arrays, class_, rank, g)
     return actual, expected
 
 
@@ -107,7 +111,7 @@ def test_frequent_tokens_have_no_class() -> None:
     h, weights, class_, rank, g = make("frequent")
     kernel = functools.partial(tpu.nll, interpret=pltpu.InterpretParams())
     arrays = (weights.codebooks, weights.scale, weights.bias)
-    results = values_and_gradients(kernel, weights.codes)(h, arrays, class_, rank, g)
+    results = values_and_gradients(kernel, weights)(h, arrays, class_, rank, g)
     assert not any(np.any(x) for x in jax.tree.leaves(results))
 
 

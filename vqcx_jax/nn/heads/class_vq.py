@@ -64,7 +64,10 @@ class ClassVQHead(NormalizedHead):
         if token_scale:
             scale = jnp.ones((num_nodes,), jnp.float32) if scale is None else scale
             self.scale = param(scale, (None,), decay=False)
-        self.assignment = buffer(jnp.asarray(assignment, jnp.int32), (None, None))
+        assignment = jnp.asarray(assignment, jnp.int32)
+        self.assignment = buffer(assignment, (None, None))
+        member_codes = classes.member_codes(assignment, tokens.members, num_codes)
+        self.member_codes = buffer(member_codes, (None, None, None))
         self.entries = buffer(tokens.entries, (None,))
         self.entry_of = buffer(tokens.entry_of, (None,))
         self.members = buffer(tokens.members, (None, None))
@@ -132,6 +135,7 @@ class ClassVQHead(NormalizedHead):
             self.assignment[...],
             self.scale[...] if self.has_scale else None,
             self.bias[...] if self.has_bias else None,
+            self.member_codes[...],
         )
         buffers = (self.entries, self.entry_of, self.members, self.rank_of)
         return weights, classes.Classes(*(x[...] for x in buffers))

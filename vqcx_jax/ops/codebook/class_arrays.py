@@ -26,12 +26,32 @@ class Classes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Attributes: codebooks (M, K, D / M); codes int (V + C, M); scale, bias (V + C,) or None."""
+    """Of V tokens and C classes.
+
+    Attributes:
+        codebooks: (M, K, D / M).
+        codes: int (V + C, M). scale, bias: (V + C,) or None.
+        member_codes: int (C, M, R), the codes of tokens once more, see `member_codes`.
+    """
 
     codebooks: jax.Array
     codes: jax.Array
     scale: jax.Array | None
     bias: jax.Array | None
+    member_codes: jax.Array
+
+
+def member_codes(codes: jax.Array, members: jax.Array, num_codes: int) -> jax.Array:
+    """The codes of the members of each class, of which a loss reads those of one class at a time.
+
+    Args:
+        codes: int (V + C, M), values in [0, num_codes). members: int (C, R), -1: none.
+
+    Returns:
+        uint8 (C, M, R), int32 for more than 256 codes; any code where there is no member.
+    """
+    codes_CxMxR = jnp.moveaxis(codes[jnp.maximum(members, 0)], -1, 1)
+    return codes_CxMxR.astype(jnp.uint8 if num_codes <= 256 else jnp.int32)
 
 
 def arrange(class_of: np.ndarray, num_classes: int, num_ranks: int | None = None) -> Classes:

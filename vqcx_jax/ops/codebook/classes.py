@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from vqcx_jax.ops.codebook import members, multi, scatter
-from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, arrange, num_frequent
+from vqcx_jax.ops.codebook.class_arrays import (
+    Classes,
+    Weights,
+    arrange,
+    member_codes,
+    num_frequent,
+)
 from vqcx_jax.ops.codebook.members.xla import code_logits
 from vqcx_jax.ops.codebook.members.xla import logits as member_logits
 from vqcx_jax.ops.product import product
@@ -30,6 +36,7 @@ __all__ = [
     "entry_logits",
     "entry_vectors",
     "log_probs",
+    "member_codes",
     "member_logits",
     "nll",
     "num_frequent",

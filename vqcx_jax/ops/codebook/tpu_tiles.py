@@ -7,7 +7,7 @@ in vector memory. Exact where l is: a product with ones and zeros rounds nothing
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,17 +53,29 @@ class Tokens(NamedTuple):
     bias: jax.Array
 
 
-def padded_num_codes(code_logits: multi.CodeLogits) -> tuple[int, ...]:
-    """Rows of S for each codebook: whole registers, together a multiple of the lanes.
+def padded_num_codes(num_codes: Sequence[int]) -> tuple[int, ...]:
+    """Rows of S for codebooks of K_m codes: whole registers, together a multiple of the lanes.
 
     Raises:
         NotSupported: they are more than 4096.
     """
-    rows = [up(l.shape[-1], _CODES) for l in code_logits]
+    rows = [up(n, _CODES) for n in num_codes]
     rows[-1] += up(sum(rows), LANES) - sum(rows)
     if sum(rows) > _MAX_CODES:
         raise NotSupported(f"{sum(rows)} code logits; at most {_MAX_CODES} are supported")
     return tuple(rows)
+
+
+def pad_codes(codebooks_MxKxW: jax.Array) -> jax.Array:
+    """Code vectors 0 up to whole registers of codes."""
+    _, num_codes, _ = codebooks_MxKxW.shape
+    return jnp.pad(codebooks_MxKxW, ((0, 0), (0, -num_codes % _CODES), (0, 0)))
+
+
+def check_product_dtype(dtype: DTypeLike) -> None:
+    """Raises UserError unless it is float32 or bfloat16."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise UserError(f"product_dtype={dtype}: must be float32 or bfloat16")
 
 
 def joined(
@@ -81,8 +93,7 @@ def joined(
     Raises:
         UserError: another dtype.
     """
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise UserError(f"product_dtype={dtype}: must be float32 or bfloat16")
+    check_product_dtype(dtype)
     rows = (l.reshape(-1, l.shape[-1]) for l in code_logits)
     wide = [
         jnp.pad(l, ((0, num_positions - l.shape[0]), (0, n - l.shape[1])))
@@ -122,8 +133,9 @@ def token_specs(padded: Tokens, size: int, index: Any) -> Tokens:
 def selection(codes_ref: Any, num_codes: tuple[int, ...]) -> jax.Array:
     """Columns of S for the codes (M, T) of a tile: bfloat16 (C, T)."""
     size = codes_ref.shape[1]
+    codes_MxT = codes_ref[...].astype(jnp.int32)
     rows = [
-        codes_ref[m : m + 1, :] == jax.lax.broadcasted_iota(jnp.int32, (n, size), 0)
+        codes_MxT[m : m + 1] == jax.lax.broadcasted_iota(jnp.int32, (n, size), 0)
         for m, n in enumerate(num_codes)
     ]
     return jnp.concatenate([of_codebook.astype(jnp.bfloat16) for of_codebook in rows], axis=0)

@@ -30,7 +30,8 @@ def logits(h: jax.Array, weights: Weights, classes: Classes, class_: jax.Array) 
     tokens_xR = jnp.maximum(members_xR, 0)
     # Codebooks in front, as the product of slices leaves them: no table is transposed.
     table_MxK = code_logits(h, weights.codebooks)
-    codes_MxxR = jax.lax.optimization_barrier(jnp.moveaxis(weights.codes[tokens_xR], -1, 0))
+    codes_xMxR = weights.member_codes[class_].astype(jnp.int32)
+    codes_MxxR = jax.lax.optimization_barrier(jnp.moveaxis(codes_xMxR, -2, 0))
     z_xR = jnp.sum(jnp.take_along_axis(table_MxK, codes_MxxR, axis=-1), axis=0)
     if weights.scale is not None:
         z_xR = z_xR * weights.scale[tokens_xR]

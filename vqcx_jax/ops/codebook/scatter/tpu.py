@@ -56,7 +56,7 @@ def logits(
             scale do not fit vector memory.
         UserError: product_dtype is neither float32 nor bfloat16.
     """
-    num_codes = tpu_tiles.padded_num_codes(code_logits)
+    num_codes = tpu_tiles.padded_num_codes([l.shape[-1] for l in code_logits])
     leading, vocab_size = code_logits[0].shape[:-1], len(assignment)
     num_positions = math.prod(leading)
     check_size(vocab_size, scale)

@@ -63,7 +63,7 @@ def log_z(
             scale do not fit vector memory.
         UserError: product_dtype is neither float32 nor bfloat16.
     """
-    num_codes = tpu_tiles.padded_num_codes(code_logits)
+    num_codes = tpu_tiles.padded_num_codes([l.shape[-1] for l in code_logits])
     leading, vocab_size = code_logits[0].shape[:-1], len(assignment)
     num_positions = math.prod(leading)
     check_size(vocab_size, scale)
@@ -103,7 +103,7 @@ def top_k(
     Raises:
         NotSupported: more than 4096 code logits.
     """
-    num_codes = tpu_tiles.padded_num_codes(code_logits)
+    num_codes = tpu_tiles.padded_num_codes([l.shape[-1] for l in code_logits])
     leading, vocab_size = code_logits[0].shape[:-1], len(assignment)
     rows = tuple(l.reshape(-1, l.shape[-1]) for l in code_logits)
     num_positions = len(rows[0])
