@@ -10,7 +10,7 @@ import pytest
 from versions import newest_jax
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.codebook import classes, reference
+from vqcx_jax.ops.codebook import class_sampling, classes, reference
 
 # As users compile it.
 pytestmark = [newest_jax, pytest.mark.usefixtures("fully_optimized")]
@@ -134,6 +134,57 @@ def test_probabilities_add_up() -> None:
     h, weights, _ = make(jnp.float32)
     total = np.exp(np.float64(classes.log_probs(h, weights, CLASSES))).sum(axis=-1)
     np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+def best(h: Any, weights: Any, k: int) -> Any:
+    vectors = classes.entry_vectors(weights, CLASSES)
+    return class_sampling.top_k(h, vectors, weights, CLASSES, k)
+
+
+@pytest.mark.parametrize(("sharpness", "at_a_time"), [(0.01, 1), (1.0, 60), (10.0, 10_000)])
+def test_best_tokens(sharpness: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of distributions that are almost flat, which need all classes, and of sharp ones."""
+    monkeypatch.setattr(class_sampling, "_TOKENS", at_a_time)
+    h, weights, _ = make(jnp.float32)
+    weights = weights._replace(bias=sharpness * weights.bias)
+    log_p = classes.log_probs(sharpness * h, weights, CLASSES)
+    for k in (1, 30, V):
+        found, tokens = jax.jit(best, static_argnames="k")(sharpness * h, weights, k=k)
+        np.testing.assert_allclose(found, jax.lax.top_k(log_p, k)[0], rtol=1e-5, atol=1e-5)
+        of_tokens = jnp.take_along_axis(log_p, tokens, axis=-1)
+        np.testing.assert_allclose(found, of_tokens, rtol=1e-5, atol=1e-5)
+        assert np.all(np.diff(np.sort(tokens)) > 0)
+        assert tokens.dtype == jnp.int32
+
+
+def test_equal_tokens_in_order() -> None:
+    """As in a model that has not been trained: tokens of classes of one size are all alike."""
+    of_token = np.arange(20, dtype=np.int32) % 5
+    codes = jnp.zeros((25, 1), jnp.int32)
+    tokens = classes.arrange(of_token, 5)
+    weights = classes.Weights(
+        jnp.zeros((1, 1, 4)), codes, None, None, classes.member_codes(codes, tokens.members, 1)
+    )
+    vectors = classes.entry_vectors(weights, tokens)
+    for k in (1, 7, 20):
+        _, found = class_sampling.top_k(jnp.ones((3, 4)), vectors, weights, tokens, k)
+        np.testing.assert_array_equal(found, np.broadcast_to(np.arange(k), (3, k)))
+
+
+def test_only_classes_that_may_have_one_of_the_best_are_looked_at() -> None:
+    """A loop that looked at all of them would list NaN."""
+    h, weights, _ = make(jnp.float32)
+    frequent = np.asarray(CLASSES.entries[: classes.num_frequent(CLASSES)])
+    bias = weights.bias.at[frequent[:2]].set(1e3).at[np.flatnonzero(class_of() >= 0)].set(jnp.nan)
+    _, tokens = best(h, weights._replace(bias=bias), 2)
+    np.testing.assert_array_equal(np.sort(tokens), np.broadcast_to(frequent[:2], tokens.shape))
+
+
+def test_how_many_best_tokens_there_are() -> None:
+    h, weights, _ = make(jnp.float32)
+    for k in (0, V + 1):
+        with pytest.raises(UserError, match=f"top_k={k}: must be in 1 .. {V}"):
+            best(h, weights, k)
 
 
 def test_a_loss_of_nan_is_not_hidden() -> None:

@@ -10,9 +10,11 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.base import Sampler
 from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
+from vqcx_jax.nn.layers import HIDDEN
 from vqcx_jax.nn.variables import buffer, param
-from vqcx_jax.ops import sampling
-from vqcx_jax.ops.codebook import check_codes, classes
+from vqcx_jax.ops import device, sampling
+from vqcx_jax.ops.codebook import check_codes, class_sampling, classes
+from vqcx_jax.sharding import per_device
 
 
 class ClassVQHead(NormalizedHead):
@@ -99,6 +101,13 @@ class ClassVQHead(NormalizedHead):
         labelled = (h_BxTxD, targets_BxT, is_token_BxT)
         return self._over_devices(sums, *labelled, z_loss, [self._arrays()], [()])
 
+    def top_k(self, h_BxTxD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """See `Head.top_k`. On CPUs without V logits, see `ops.codebook.class_sampling`."""
+        if not self._looks_into_classes():
+            return super().top_k(h_BxTxD, k)
+        arrays = self._arrays()
+        return self._listed(h_BxTxD, classes.entry_vectors(*arrays), arrays, k)
+
     def sampler(
         self,
         *,
@@ -109,13 +118,22 @@ class ClassVQHead(NormalizedHead):
         """See `Head.sampler`. No V logits at temperature 1 without top-k and top-p.
 
         A product of two tempered softmaxes is not the tempered softmax of the product: everything
-        else goes by V logits.
+        else goes by V logits, but top-k as in `top_k`.
         """
+        arrays = self._arrays()
+        weights, tokens = arrays
+        vectors, num_frequent = classes.entry_vectors(weights, tokens), classes.num_frequent(tokens)
         by_logits = super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        if top_k is not None and self._looks_into_classes():
+            k = min(top_k, self.vocab_size)
+
+            def sample_best(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+                listed = self._listed(h_BxTxD, vectors, arrays, k)
+                return sampling.sample_listed(*listed, key, temperature=temperature, top_p=top_p)
+
+            return sample_best
         if top_k is not None or top_p is not None:
             return by_logits
-        weights, tokens = self._arrays()
-        vectors, num_frequent = classes.entry_vectors(weights, tokens), classes.num_frequent(tokens)
 
         def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
             entry_key, member_key = jax.random.split(key)
@@ -128,6 +146,20 @@ class ClassVQHead(NormalizedHead):
 
         is_plain = jnp.asarray(temperature) == 1
         return lambda h_BxTxD, key: jax.lax.cond(is_plain, sample, by_logits, h_BxTxD, key)
+
+    def _looks_into_classes(self) -> bool:
+        """Accelerators make all logits at once: they have one program for it, and no loop."""
+        return device.current().platform == "cpu"
+
+    def _listed(
+        self, h_BxTxD: jax.Array, vectors: jax.Array, arrays: Any, k: int
+    ) -> tuple[jax.Array, jax.Array]:
+        def listed(h_BxTxD: jax.Array, vectors: jax.Array, arrays: Any) -> Any:
+            weights, tokens = arrays
+            return class_sampling.top_k(h_BxTxD, vectors, weights, tokens, k)
+
+        run = per_device(listed, [HIDDEN, (), ()], (HIDDEN, HIDDEN), self.rules)
+        return run(h_BxTxD, vectors, arrays)
 
     def _arrays(self) -> tuple[classes.Weights, classes.Classes]:
         weights = classes.Weights(

@@ -26,18 +26,34 @@ def logits(h: jax.Array, weights: Weights, classes: Classes, class_: jax.Array) 
     Returns:
         float32 (..., R).
     """
-    members_xR = classes.members[class_]
-    tokens_xR = jnp.maximum(members_xR, 0)
     # Codebooks in front, as the product of slices leaves them: no table is transposed.
-    table_MxK = code_logits(h, weights.codebooks)
-    codes_xMxR = weights.member_codes[class_].astype(jnp.int32)
-    codes_MxxR = jax.lax.optimization_barrier(jnp.moveaxis(codes_xMxR, -2, 0))
-    z_xR = jnp.sum(jnp.take_along_axis(table_MxK, codes_MxxR, axis=-1), axis=0)
+    tables = code_logits(h, weights.codebooks)
+    return logits_of_classes(tables, weights, classes, class_[..., None])[..., 0, :]
+
+
+def logits_of_classes(
+    tables: jax.Array, weights: Weights, classes: Classes, class_: jax.Array
+) -> jax.Array:
+    """`logits` of several classes of each position.
+
+    Args:
+        tables: from `code_logits`. class_: int (..., G), in [0, C).
+
+    Returns:
+        float32 (..., G, R).
+    """
+    members_xGxR = classes.members[class_]
+    tokens_xGxR = jnp.maximum(members_xGxR, 0)
+    codes_xGxMxR = weights.member_codes[class_].astype(jnp.int32)
+    codes_MxxGxR = jax.lax.optimization_barrier(jnp.moveaxis(codes_xGxMxR, -2, 0))
+    codes_MxxI = codes_MxxGxR.reshape(*codes_MxxGxR.shape[:-2], -1)
+    z_xI = jnp.sum(jnp.take_along_axis(tables, codes_MxxI, axis=-1), axis=0)
+    z_xGxR = z_xI.reshape(members_xGxR.shape)
     if weights.scale is not None:
-        z_xR = z_xR * weights.scale[tokens_xR]
+        z_xGxR = z_xGxR * weights.scale[tokens_xGxR]
     if weights.bias is not None:
-        z_xR = z_xR + weights.bias[tokens_xR].astype(jnp.float32)
-    return jnp.where(members_xR < 0, -jnp.inf, z_xR)
+        z_xGxR = z_xGxR + weights.bias[tokens_xGxR].astype(jnp.float32)
+    return jnp.where(members_xGxR < 0, -jnp.inf, z_xGxR)
 
 
 def code_logits(h: jax.Array, codebooks: jax.Array) -> jax.Array:
