@@ -73,6 +73,9 @@ class Shell:
             "JAX_PLATFORMS": platform,
             # Compiles in half the time.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            # Most of these processes compile the same step.
+            "JAX_COMPILATION_CACHE_DIR": f"{self.directory}-compiled",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         }
         return subprocess.Popen(
