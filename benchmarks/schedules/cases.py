@@ -206,11 +206,11 @@ def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
         codebooks: jax.Array,
         scale: jax.Array,
         bias: jax.Array,
-        codes: jax.Array,
         *rest: jax.Array,
     ) -> jax.Array:
-        member_codes, *tokens, targets = rest
-        weights = classes.Weights(codebooks, codes, scale, bias, member_codes)
+        *codes, entries, entry_of, members, rank_of, targets = rest
+        tokens = entries, entry_of, members, rank_of
+        weights = classes.Weights(codebooks, classes.Codes(*codes), scale, bias)
         return classes.summed_nll(
             h,
             weights,
@@ -243,7 +243,8 @@ def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
             ((num_codebooks, num_codes, D // num_codebooks), "bfloat16"),
             ((num_nodes,), "float32"),
             ((num_nodes,), "float32"),
-            ((num_nodes, num_codebooks), "int32"),
+            ((num_nodes, num_codebooks), "uint8"),
+            ((2 * num_classes, num_codebooks), "uint8"),
             ((num_classes, num_codebooks, num_ranks), "uint8"),
             *tokens,
             ((N,), "int32"),

@@ -149,10 +149,9 @@ def test_classes(chip: str, dtype: str) -> None:
     """The loss of product codes in classes; never N R M numbers, R the members of a class."""
     num_codebooks, num_codes, dim, num_classes, num_ranks = 4, 40, 64, 50, 130
 
-    def loss(h: Any, codebooks: Any, scale: Any, bias: Any, codes: Any, *rest: Any) -> jax.Array:
-        member_codes, *tokens, targets = rest
-        weights = classes.Weights(codebooks, codes, scale, bias, member_codes)
-        in_classes = classes.Classes(*tokens)
+    def loss(h: Any, codebooks: Any, scale: Any, bias: Any, *rest: Any) -> jax.Array:
+        weights = classes.Weights(codebooks, classes.Codes(*rest[:3]), scale, bias)
+        in_classes, targets = classes.Classes(*rest[3:-1]), rest[-1]
         counts = targets > 0
         return classes.summed_nll(h, weights, in_classes, targets, counts, product_dtype=dtype)
 
@@ -164,7 +163,8 @@ def test_classes(chip: str, dtype: str) -> None:
             abstract((num_codebooks, num_codes, dim // num_codebooks), dtype),
             abstract((nodes,), "float32"),
             abstract((nodes,), "float32"),
-            abstract((nodes, num_codebooks), "int32"),
+            abstract((nodes, num_codebooks), "uint8"),
+            abstract((60 + num_classes, num_codebooks), "uint8"),
             abstract((num_classes, num_codebooks, num_ranks), "uint8"),
             abstract((60 + num_classes,), "int32"),
             abstract((V,), "int32"),

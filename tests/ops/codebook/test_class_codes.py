@@ -39,10 +39,9 @@ def make(dtype: Any, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
     codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
     weights = classes.Weights(
         normal(M, K, D // M).astype(dtype),
-        codes,
+        classes.arrange_codes(codes, CLASSES, K),
         normal(V + C) if scale else None,
         normal(V + C) if bias else None,
-        classes.member_codes(codes, CLASSES.members, K),
     )
     h = normal(5, 23, D).astype(dtype)
     targets = jnp.asarray(rng.permutation(5 * 23) % V).reshape(5, 23)
@@ -53,7 +52,7 @@ def of_definition(h: Any, weights: Any, targets: Any) -> Any:
     scale = jnp.ones(V + C, h.dtype) if weights.scale is None else weights.scale
     bias = jnp.zeros(V + C, h.dtype) if weights.bias is None else weights.bias
     log_p = reference.class_log_probs(
-        h, weights.codebooks, weights.codes, scale, bias, jnp.asarray(class_of())
+        h, weights.codebooks, weights.codes.of_nodes, scale, bias, jnp.asarray(class_of())
     )
     return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], log_p
 
@@ -75,13 +74,15 @@ def gradients(function: Any, result: int) -> Any:
 
 
 @pytest.mark.parametrize(("num_codes", "dtype"), [(256, "uint8"), (257, "int32")])
-def test_codes_of_members(num_codes: int, dtype: str) -> None:
+def test_codes_in_all_orders(num_codes: int, dtype: str) -> None:
     codes = np.random.default_rng(0).integers(num_codes, size=(V + C, M))
     codes[0] = num_codes - 1
-    found = classes.member_codes(jnp.asarray(codes), CLASSES.members, num_codes)
-    assert found.dtype == dtype
+    found = classes.arrange_codes(jnp.asarray(codes), CLASSES, num_codes)
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(found.of_nodes, codes)
+    np.testing.assert_array_equal(found.of_entries, codes[np.asarray(CLASSES.entries)])
     for token in np.flatnonzero(class_of() >= 0):
-        of_token = found[class_of()[token], :, CLASSES.rank_of[token]]
+        of_token = found.of_members[class_of()[token], :, CLASSES.rank_of[token]]
         np.testing.assert_array_equal(of_token, codes[token])
 
 
@@ -162,9 +163,8 @@ def test_equal_tokens_in_order() -> None:
     of_token = np.arange(20, dtype=np.int32) % 5
     codes = jnp.zeros((25, 1), jnp.int32)
     tokens = classes.arrange(of_token, 5)
-    weights = classes.Weights(
-        jnp.zeros((1, 1, 4)), codes, None, None, classes.member_codes(codes, tokens.members, 1)
-    )
+    codes = classes.arrange_codes(codes, tokens, 1)
+    weights = classes.Weights(jnp.zeros((1, 1, 4)), codes, None, None)
     vectors = classes.entry_vectors(weights, tokens)
     for k in (1, 7, 20):
         _, found = class_sampling.top_k(jnp.ones((3, 4)), vectors, weights, tokens, k)
@@ -201,10 +201,9 @@ def test_work_does_not_grow_with_the_vocabulary() -> None:
     tokens = classes.arrange(of_token, num_classes)
     weights = classes.Weights(
         jnp.ones((8, 16, dim // 8)),
-        jnp.zeros((vocab_size + num_classes, 8), jnp.int32),
+        classes.arrange_codes(jnp.zeros((vocab_size + num_classes, 8), jnp.int32), tokens, 16),
         jnp.ones(vocab_size + num_classes),
         jnp.zeros(vocab_size + num_classes),
-        jnp.zeros((num_classes, 8, tokens.members.shape[1]), jnp.uint8),
     )
 
     def loss(h: Any, codebooks: Any, tokens: Any, targets: Any) -> Any:

@@ -41,10 +41,9 @@ def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]
     codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
     weights = classes.Weights(
         normal(M, K, D // M),
-        codes,
+        classes.arrange_codes(codes, CLASSES, K),
         normal(V + C) if scale else None,
         normal(V + C) if bias else None,
-        classes.member_codes(codes, CLASSES.members, K),
     )
     choices = {
         "anywhere": np.arange(V),
@@ -57,12 +56,11 @@ def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]
 
 
 def values_and_gradients(nll: Any, weights: Any) -> Any:
-    codes, member_codes = np.asarray(weights.codes), np.asarray(weights.member_codes)
+    codes = jax.tree.map(np.asarray, weights.codes)
 
     def function(h: Any, arrays: Any, class_: Any, rank: Any, g: Any) -> Any:
         def of(h: Any, codebooks: Any, scale: Any, bias: Any) -> Any:
-            integers = jnp.asarray(codes), jnp.asarray(member_codes)
-            weights = classes.Weights(codebooks, integers[0], scale, bias, integers[1])
+            weights = classes.Weights(codebooks, jax.tree.map(jnp.asarray, codes), scale, bias)
             return nll(h, weights, CLASSES, class_, rank)
 
         values, vjp = jax.vjp(of, h, *arrays)

@@ -66,10 +66,10 @@ class ClassVQHead(NormalizedHead):
         if token_scale:
             scale = jnp.ones((num_nodes,), jnp.float32) if scale is None else scale
             self.scale = param(scale, (None,), decay=False)
-        assignment = jnp.asarray(assignment, jnp.int32)
-        self.assignment = buffer(assignment, (None, None))
-        member_codes = classes.member_codes(assignment, tokens.members, num_codes)
-        self.member_codes = buffer(member_codes, (None, None, None))
+        codes = classes.arrange_codes(assignment, tokens, num_codes)
+        self.assignment = buffer(codes.of_nodes, (None, None))
+        self.entry_codes = buffer(codes.of_entries, (None, None))
+        self.member_codes = buffer(codes.of_members, (None, None, None))
         self.entries = buffer(tokens.entries, (None,))
         self.entry_of = buffer(tokens.entry_of, (None,))
         self.members = buffer(tokens.members, (None, None))
@@ -162,12 +162,12 @@ class ClassVQHead(NormalizedHead):
         return run(h_BxTxD, vectors, arrays)
 
     def _arrays(self) -> tuple[classes.Weights, classes.Classes]:
+        codes = self.assignment, self.entry_codes, self.member_codes
         weights = classes.Weights(
             whole(self.codebooks, self.rules, self.dtype),
-            self.assignment[...],
+            classes.Codes(*(x[...] for x in codes)),
             self.scale[...] if self.has_scale else None,
             self.bias[...] if self.has_bias else None,
-            self.member_codes[...],
         )
         buffers = (self.entries, self.entry_of, self.members, self.rank_of)
         return weights, classes.Classes(*(x[...] for x in buffers))

@@ -25,33 +25,36 @@ class Classes(NamedTuple):
     rank_of: jax.Array
 
 
-class Weights(NamedTuple):
-    """Of V tokens and C classes.
+class Codes(NamedTuple):
+    """Codes of V tokens and C classes, in the orders in which they are read.
+
+    A training step reads those of entries and members alone.
 
     Attributes:
-        codebooks: (M, K, D / M).
-        codes: int (V + C, M). scale, bias: (V + C,) or None.
-        member_codes: int (C, M, R), the codes of tokens once more, see `member_codes`.
+        of_nodes: int (V + C, M).
+        of_entries: int (F + C, M).
+        of_members: int (C, M, R); any code where there is no member.
     """
+
+    of_nodes: jax.Array
+    of_entries: jax.Array
+    of_members: jax.Array
+
+
+class Weights(NamedTuple):
+    """Attributes: codebooks (M, K, D / M); codes; scale, bias (V + C,) or None."""
 
     codebooks: jax.Array
-    codes: jax.Array
+    codes: Codes
     scale: jax.Array | None
     bias: jax.Array | None
-    member_codes: jax.Array
 
 
-def member_codes(codes: jax.Array, members: jax.Array, num_codes: int) -> jax.Array:
-    """The codes of the members of each class, of which a loss reads those of one class at a time.
-
-    Args:
-        codes: int (V + C, M), values in [0, num_codes). members: int (C, R), -1: none.
-
-    Returns:
-        uint8 (C, M, R), int32 for more than 256 codes; any code where there is no member.
-    """
-    codes_CxMxR = jnp.moveaxis(codes[jnp.maximum(members, 0)], -1, 1)
-    return codes_CxMxR.astype(jnp.uint8 if num_codes <= 256 else jnp.int32)
+def arrange_codes(assignment: jax.Array, classes: Classes, num_codes: int) -> Codes:
+    """The codes of all nodes, int (V + C, M) in [0, num_codes), as uint8 up to 256 codes."""
+    nodes = jnp.asarray(assignment).astype(jnp.uint8 if num_codes <= 256 else jnp.int32)
+    members_CxRxM = nodes[jnp.maximum(classes.members, 0)]
+    return Codes(nodes, nodes[classes.entries], jnp.moveaxis(members_CxRxM, -1, 1))
 
 
 def arrange(class_of: np.ndarray, num_classes: int, num_ranks: int | None = None) -> Classes:

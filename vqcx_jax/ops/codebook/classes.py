@@ -19,9 +19,10 @@ from jax.typing import DTypeLike
 from vqcx_jax.ops.codebook import members, multi, scatter
 from vqcx_jax.ops.codebook.class_arrays import (
     Classes,
+    Codes,
     Weights,
     arrange,
-    member_codes,
+    arrange_codes,
     num_frequent,
 )
 from vqcx_jax.ops.codebook.members.xla import code_logits
@@ -31,12 +32,13 @@ from vqcx_jax.ops.softmax import resident
 
 __all__ = [
     "Classes",
+    "Codes",
     "Weights",
     "arrange",
+    "arrange_codes",
     "entry_logits",
     "entry_vectors",
     "log_probs",
-    "member_codes",
     "member_logits",
     "nll",
     "num_frequent",
@@ -123,7 +125,8 @@ def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
     vocab_size = len(classes.entry_of)
     scale, bias = (None if x is None else x[:vocab_size] for x in (weights.scale, weights.bias))
     table_MxK = code_logits(h, weights.codebooks)
-    z_xV = scatter.logits(tuple(table_MxK), weights.codes[:vocab_size], bias, scale)
+    codes_VxM = weights.codes.of_nodes[:vocab_size].astype(jnp.int32)
+    z_xV = scatter.logits(tuple(table_MxK), codes_VxM, bias, scale)
     z_xCxR = jnp.where(classes.members < 0, -jnp.inf, z_xV[..., classes.members])
     log_z_xC = jax.nn.logsumexp(z_xCxR, axis=-1)
     class_V = classes.entry_of - num_frequent(classes)
@@ -134,7 +137,7 @@ def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
 def entry_vectors(weights: Weights, classes: Classes) -> jax.Array:
     """Vectors of the first level, (F + C, D), for `entry_logits`: they depend on no position."""
     codebooks = tuple(weights.codebooks.astype(jnp.float32))
-    vectors = multi.product_vectors(codebooks, weights.codes[classes.entries])
+    vectors = multi.product_vectors(codebooks, weights.codes.of_entries.astype(jnp.int32))
     if weights.scale is not None:
         vectors = vectors * weights.scale[classes.entries, None]
     return vectors.astype(weights.codebooks.dtype)

@@ -149,7 +149,7 @@ def _by_class(weights: Weights, classes: Classes, like: jax.Array) -> _Members:
     zeros_Cx1xR = jnp.zeros(members_CxR.shape, jnp.float32)[:, None]
     bias = zeros_Cx1xR if bias is None else _LOG2_E * bias
     bias = jnp.where(members_CxR[:, None] < 0, -jnp.inf, bias)
-    codes_CxMxR = jnp.pad(weights.member_codes, ((0, 0), (0, 0), (0, padding)))
+    codes_CxMxR = jnp.pad(weights.codes.of_members, ((0, 0), (0, 0), (0, padding)))
     return jax.tree.map(lambda x: varying_like(x, like), _Members(codes_CxMxR, scale, bias))
 
 

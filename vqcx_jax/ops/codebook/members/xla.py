@@ -44,7 +44,7 @@ def logits_of_classes(
     """
     members_xGxR = classes.members[class_]
     tokens_xGxR = jnp.maximum(members_xGxR, 0)
-    codes_xGxMxR = weights.member_codes[class_].astype(jnp.int32)
+    codes_xGxMxR = weights.codes.of_members[class_].astype(jnp.int32)
     codes_MxxGxR = jax.lax.optimization_barrier(jnp.moveaxis(codes_xGxMxR, -2, 0))
     codes_MxxI = codes_MxxGxR.reshape(*codes_MxxGxR.shape[:-2], -1)
     z_xI = jnp.sum(jnp.take_along_axis(tables, codes_MxxI, axis=-1), axis=0)
