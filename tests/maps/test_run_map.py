@@ -22,6 +22,8 @@ from vqcx_jax.maps import TokenMap, __main__
 from vqcx_jax.maps.run_map import run_map
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import build_model
+from vqcx_jax.nn.heads import ClassVQHead
+from vqcx_jax.ops.codebook import classes
 from vqcx_jax.sharding import make_mesh
 from vqcx_jax.training import loop
 from vqcx_jax.training.checkpointing import Checkpoints
@@ -58,6 +60,11 @@ def save(config: schema.Config, workdir: Path, step: int = 3) -> tuple[Setup, An
         head.scores[...] = jnp.asarray(rng.standard_normal(head.scores.shape), jnp.float32)
     else:
         head.assignment[...] = jnp.asarray(rng.permutation(head.assignment[...]))
+    if isinstance(head, ClassVQHead):
+        buffers = head.entries, head.entry_of, head.members, head.rank_of
+        tokens = classes.Classes(*(x[...] for x in buffers))
+        codes = classes.arrange_codes(head.assignment[...], tokens, head.codebooks.shape[1])
+        head.entry_codes[...], head.member_codes[...] = codes.of_entries, codes.of_members
     if hasattr(head, "scale"):
         head.scale[...] = jnp.asarray(rng.random(head.scale.shape), jnp.float32)
     _, params, buffers = functional.split(model)

@@ -71,7 +71,7 @@ def _from_arrays(
     vocab_size: int,
     provenance: dict[str, Any],
 ) -> TokenMap:
-    codes = arrays["assignment"].reshape(-1, head.num_codebooks)
+    codes = arrays["assignment"].reshape(-1, head.num_codebooks).astype(np.int32)
     if "scores" in arrays:
         best_VxM = np.argmax(arrays["scores"], axis=-1)
         codes = arrays["neighbours"][np.arange(head.num_codebooks), codes, best_VxM]
@@ -84,7 +84,7 @@ def _from_arrays(
         codes, scale = codes[:vocab_size], None if scale is None else scale[:vocab_size]
     codebooks = arrays["codebooks"] if "codebooks" in arrays else arrays["codes"][None]
     return TokenMap(
-        codes=codes.astype(np.int32),
+        codes=codes,
         num_codes=(head.num_codes,) * head.num_codebooks,
         codebooks=tuple(codebooks),
         scale=scale,
