@@ -78,6 +78,20 @@ def test_without_noise_it_is_the_head_of_its_token_map(form: str, h: jax.Array) 
     chex.assert_trees_all_close(head.logits(h), plain.logits(h), rtol=1e-5, atol=1e-6)
 
 
+def test_summed_nll_trains_the_map(h: jax.Array) -> None:
+    """Scores have a gradient, though two codebooks without scales would close."""
+    assignment = jnp.stack([jnp.arange(V) % K, jnp.arange(V) % (K - 1)], axis=1)
+    head: Any = LearnedVQHead(assignment, K, D, num_candidates=C, rngs=nnx.Rngs(0))
+    is_token = jnp.ones(TARGETS.shape, bool)
+
+    def loss(head: Any) -> jax.Array:
+        return head.summed_nll(h, TARGETS, is_token)[0]
+
+    gradient = nnx.grad(loss)(head)
+    assert np.any(gradient.scores[...])
+    chex.assert_trees_all_close(loss(head), jnp.sum(head.nll(h, TARGETS)[0]), rtol=1e-5)
+
+
 def test_noise_is_new_for_every_batch_and_gone_in_evaluation(h: jax.Array) -> None:
     head = make_head()
     head.scores[...] = jnp.zeros((V, M, C))

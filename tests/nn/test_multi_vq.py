@@ -1,5 +1,6 @@
 """Heads of several codebooks: the interface of every head, and what is their own."""
 
+import contextlib
 import math
 import re
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 import scipy.special
 import scipy.stats
 from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from versions import newest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import functional
-from vqcx_jax.nn.heads import MultiVQHead
-from vqcx_jax.ops import sampling
+from vqcx_jax.nn.heads import Head, MultiVQHead
+from vqcx_jax.ops import device, dispatch, sampling
+from vqcx_jax.ops.labels import IGNORE_ID
 
 V, D, K = 24, 8, 4
 OWN = jnp.asarray([3, 0, 17])
@@ -133,6 +137,49 @@ def test_nll_and_top_k_are_those_of_the_logits(
     chex.assert_trees_all_close(np.float64(log_probs), expected, rtol=1e-5, atol=2e-6)
 
 
+def sums_and_gradients(head: Any, h: jax.Array, targets: jax.Array, is_token: jax.Array) -> Any:
+    """Also those of the sum of every position's loss, which any head has."""
+    graphdef, params, buffers = functional.split(head)
+
+    def summed(params: Any, h: jax.Array) -> Any:
+        return nnx.merge(graphdef, params, buffers).summed_nll(h, targets, is_token, 0.1)
+
+    def each(params: Any, h: jax.Array) -> Any:
+        head = nnx.merge(graphdef, params, buffers)
+        return Head.summed_nll(head, h, targets, is_token, 0.1)
+
+    both = (jax.value_and_grad(f, (0, 1), has_aux=True)(params, h) for f in (summed, each))
+    return tuple(both)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize(
+    ("form", "cap"),
+    [("additive", None), pytest.param("product", 2.0, marks=newest_jax)],
+)
+def test_summed_nll_of_two_codebooks(
+    kernel: bool,
+    form: str,
+    cap: float | None,
+    h: jax.Array,
+    targets: jax.Array,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By plain JAX, and on a device that says it is a TPU by the kernel, which is interpreted."""
+    head = make_head("two additive", form=form, logit_soft_cap=cap, token_bias=True)
+    targets = targets.at[0, 0].set(IGNORE_ID)
+    is_token = jnp.arange(targets.size).reshape(targets.shape) != 4
+    run = jax.jit(sums_and_gradients)
+    with contextlib.ExitStack() as stack:
+        if kernel:
+            monkeypatch.setattr(device, "current", lambda: device.Device("tpu", "TPU v6e"))
+            stack.enter_context(pltpu.force_tpu_interpret_mode())
+        traced = stack.enter_context(dispatch.record())
+        actual, expected = run(head, h, targets, is_token)
+    assert traced == [("codebook.pairs.summed_nll", "pallas_tpu" if kernel else "xla")]
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 @pytest.mark.parametrize(
     "name", ["two additive", "four product, scale, own vectors, cap", "three additive"]
@@ -149,8 +196,10 @@ def test_loss_and_gradients_on_a_mesh(
     @jax.jit
     def loss_and_gradients(params: Any, buffers: Any, h: jax.Array, targets: jax.Array) -> Any:
         def loss(params: Any, h: jax.Array) -> jax.Array:
-            nll, log_z = nnx.merge(graphdef, params, buffers).nll(h, targets)
-            return jnp.sum(nll) + 0.1 * jnp.sum(log_z**2)
+            head = nnx.merge(graphdef, params, buffers)
+            nll, log_z = head.nll(h, targets)
+            summed, _ = head.summed_nll(h, targets, targets > 3, 0.2)
+            return jnp.sum(nll) + 0.1 * jnp.sum(log_z**2) + summed
 
         return jax.value_and_grad(loss, (0, 1))(params, h)
 

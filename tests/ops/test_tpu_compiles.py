@@ -144,6 +144,38 @@ def test_one_codebook(chip: str, dtype: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < of_logits
 
 
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [*CHIPS_AND_DTYPES, *(pytest.param(c, "bfloat16", marks=newest_jax) for c in ("v5e", "tpu7x"))],
+)
+def test_two_codebooks(chip: str, dtype: str) -> None:
+    """The summed loss with a cap; in float32 product codes, on four chips."""
+    num_chips, form = (4, "product") if dtype == "float32" else (1, "additive")
+    num_codes, dim, num_positions = 150, 256, 2000
+
+    def sums(*arrays: Any) -> jax.Array:
+        loss, _ = codebook.loss.summed_nll(*arrays, 0.1, form=form, cap=30.0)
+        return jax.lax.psum(loss, "data")
+
+    def loss(*arrays: Any) -> jax.Array:
+        rows, whole = jax.P("data"), jax.P()
+        in_specs = (rows, whole, whole, rows, rows, whole)
+        return jax.shard_map(sums, in_specs=in_specs, out_specs=whole)(*arrays)
+
+    width = dim // 2 if form == "product" else dim
+    with jax.set_mesh(mesh_of(chip, num_chips)):
+        compile_for(
+            jax.value_and_grad(loss, (0, 1, 5)),
+            abstract((num_positions, dim), dtype, jax.P("data", None)),
+            (abstract((num_codes, width), dtype),) * 2,
+            abstract((V, 2), "int32"),
+            abstract((num_positions,), "int32", jax.P("data")),
+            abstract((num_positions,), "bool", jax.P("data")),
+            abstract((V,), "float32"),
+            num_kernels=1,
+        )
+
+
 @pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
 def test_classes(chip: str, dtype: str) -> None:
     """The loss of product codes in classes; never N R M numbers, R the members of a class."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
@@ -81,6 +82,16 @@ class LearnedVQHead(MultiVQHead):
             "scores": self.scores[...],
         }
         return per_device(nll, axes, (ROWS, ROWS), self.rules)(h_BxTxD, tokens_BxT, key, arrays)
+
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`: the sum of `token_nll`, as of any head."""
+        return Head.summed_nll(self, h_BxTxD, targets_BxT, is_token_BxT, z_loss)
 
     def _arrays(self) -> dict[str, jax.Array]:
         return super()._arrays() | {"assignment": self.token_map()}

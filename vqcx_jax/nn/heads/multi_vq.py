@@ -1,6 +1,6 @@
 """VQ-Logits with several codebooks: every token can have a logit of its own."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
 from vqcx_jax.ops.codebook import check_codes, loss, multi
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
+from vqcx_jax.ops.codebook.multi import Form
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
-
-Form = Literal["additive", "product"]
 
 
 class MultiVQHead(Head):
@@ -126,6 +125,40 @@ class MultiVQHead(Head):
         axes: list[LogicalAxes] = [HIDDEN, ROWS, ()]
         arrays = self._arrays()
         return per_device(nll, axes, (ROWS, ROWS), self.rules)(h_BxTxD, tokens_BxT, arrays)
+
+    def summed_nll(
+        self,
+        h_BxTxD: jax.Array,
+        targets_BxT: jax.Array,
+        is_token_BxT: jax.Array,
+        z_loss: float | jax.Array = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`. Two codebooks that close have a TPU kernel, gradients included."""
+        labelled = (h_BxTxD, targets_BxT, is_token_BxT)
+        if not self.closes or len(self.codebooks[...]) != 2 or self.has_own:
+            return super().summed_nll(*labelled, z_loss)
+        cap = None if self.logit_soft_cap is None else self.logit_soft_cap / 2
+
+        def sums(
+            h: jax.Array,
+            tokens: jax.Array,
+            counts: jax.Array,
+            z_loss: jax.Array,
+            arrays: dict[str, Any],
+        ) -> tuple[jax.Array, jax.Array]:
+            return loss.summed_nll(
+                h,
+                tuple(arrays["codebooks"]),
+                arrays["assignment"],
+                tokens,
+                counts,
+                arrays.get("bias"),
+                z_loss,
+                form=self.form,
+                cap=cap,
+            )
+
+        return self._over_devices(sums, *labelled, z_loss, [self._arrays()], [()])
 
     def logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """See `Head.logits`."""
@@ -253,10 +286,7 @@ class MultiVQHead(Head):
     def _code_logits(
         self, h_BxTxD: jax.Array, arrays: dict[str, Any]
     ) -> tuple[multi.CodeLogits, loss.Own | None]:
-        of_form = (
-            multi.product_code_logits if self.form == "product" else multi.additive_code_logits
-        )
-        code_logits = of_form(h_BxTxD, arrays["codebooks"])
+        code_logits = multi.code_logits(h_BxTxD, arrays["codebooks"], self.form)
         cap = self.logit_soft_cap
         if cap is not None:
             code_logits = tuple(soft_cap.soft_cap(l, cap / len(code_logits)) for l in code_logits)

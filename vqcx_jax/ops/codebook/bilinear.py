@@ -9,7 +9,7 @@ Range. The product is computed with l1, l2 and log B shifted to a maximum of 0. 
 joins the best i with the best j, Z can be smaller than float32 holds: it underflows where log Z
 is 87 below max l1 + max l2 + max log B, and terms of it are lost before. What is lost is at most
 6 K1 K2 tiny (tiny = 2^-126; each of the K1 K2 terms can be flushed to zero as one of three
-factors or of three products), so Z >= `_least_z` is right to float32's rounding. Positions below
+factors or of three products), so Z >= `least_z` is right to float32's rounding. Positions below
 that, 58 nats at K1 K2 = 50,000, are computed again from the cells themselves, without a product:
 K1 K2 exponentials each, as a full softmax has, and the same accuracy. When there is no such
 position nothing is spent.
@@ -107,7 +107,7 @@ def _forward(
     mass_IxJ, peak_mass = _exp_from_peak(log_mass_IxJ, (0, 1))
     terms_NxI = e1_NxI * _matmul(e2_NxJ, mass_IxJ.T)
     z_N = jnp.sum(terms_NxI, axis=-1)
-    is_low_N = z_N < _least_z(mass_IxJ.size)  # NaN is not: it needs no second computation.
+    is_low_N = z_N < least_z(mass_IxJ.size)  # NaN is not: it needs no second computation.
     z_N = jnp.where(is_low_N, 1.0, z_N)  # Any positive number, until recompute() replaces it.
 
     def recompute(log_z_N: jax.Array, rows_P: jax.Array) -> jax.Array:
@@ -149,7 +149,7 @@ def _backward(residuals: _Residuals, g_N: jax.Array) -> _Residuals:
 _log_z.defvjp(_forward, _backward)
 
 
-def _least_z(num_cells: int) -> float:
+def least_z(num_cells: int) -> float:
     """A shifted Z from here on has lost less than half a rounding to underflow."""
     return 12 * num_cells * _TINY / _EPS
 

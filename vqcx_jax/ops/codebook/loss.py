@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from vqcx_jax.ops.codebook import bilinear, closed_form, multi, scatter, streaming
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops.codebook import bilinear, closed_form, multi, pairs, scatter, streaming
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.sampling import first_of_sorted
 
@@ -98,6 +99,62 @@ def nll(
     of_codes = multi.target_logits(code_logits, assignment, targets, None, scale)
     is_own = jnp.any(is_target, axis=-1)
     return z - (jnp.where(is_own, of_own, of_codes) + bias_V[targets]), z
+
+
+def summed_nll(
+    h: jax.Array,
+    codebooks: tuple[jax.Array, jax.Array],
+    assignment: jax.Array,
+    targets: jax.Array,
+    counts: jax.Array,
+    bias: jax.Array | None = None,
+    z_loss: float | jax.Array = 0.0,
+    *,
+    form: multi.Form = "additive",
+    cap: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of nll + z_loss log(Z)^2, and of nll, over the positions that count; two codebooks.
+
+    Under `shard_map` the sums are of each device's own positions.
+
+    Args:
+        h: (..., D). codebooks: (K1, D1) and (K2, D2), see `pairs.summed_nll`.
+        assignment: int (V, 2), column m in [0, K_m). targets: int (...), values in [0, V).
+        counts: bool (...), which positions count.
+        bias: (V,) or None.
+        z_loss: coefficient of log(Z)^2.
+        cap: soft-cap of the code logits of each codebook. implementation: of `pairs.summed_nll`.
+
+    Returns:
+        loss, nll: float32 (). nll is there to be reported; its gradient is zero.
+
+    Raises:
+        UserError: not two codebooks, bias is not (V,), and as `pairs.summed_nll`.
+    """
+    multi.check_assignment(codebooks, assignment)
+    if len(codebooks) != 2:
+        raise UserError(f"codebooks: are {len(codebooks)}, must be 2")
+    check_per_token("bias", bias, assignment.shape[0])
+    num_codes = len(codebooks[0]), len(codebooks[1])
+    log_mass_IxJ = bilinear.cell_log_mass(assignment, num_codes, bias)
+    # Columns first: of rows of two, a TPU would make a copy with 128 lanes each.
+    codes = assignment[:, 0][targets], assignment[:, 1][targets]
+    loss, nll = pairs.summed_nll(
+        h,
+        codebooks,
+        log_mass_IxJ,
+        codes,
+        counts,
+        z_loss,
+        form=form,
+        cap=cap,
+        implementation=implementation,
+    )
+    if bias is None:
+        return loss, nll
+    total = jnp.sum(bias.astype(jnp.float32)[targets], where=counts)
+    return loss - total, nll - jax.lax.stop_gradient(total)
 
 
 def logits(

@@ -11,6 +11,7 @@ tuple of M float32 arrays (..., K_m); K_m may differ.
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,13 @@ from vqcx_jax.ops.codebook import closed_form
 from vqcx_jax.ops.product import product
 
 CodeLogits = tuple[jax.Array, ...]
+Form = Literal["additive", "product"]
+
+
+def code_logits(h: jax.Array, codebooks: Sequence[jax.Array], form: Form) -> CodeLogits:
+    """`additive_code_logits` or `product_code_logits`."""
+    of_form = product_code_logits if form == "product" else additive_code_logits
+    return of_form(h, codebooks)
 
 
 def additive_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLogits:
