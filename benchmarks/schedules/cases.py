@@ -191,11 +191,13 @@ def _best(num_codebooks: int, num_codes: int, chip: str) -> Case:
     )
 
 
-def _classes(implementation: str, product_dtype: str, chip: str) -> Case:
-    """The head of ladder_1b: 64 codebooks of 16, 1432 frequent tokens, as many classes of 89."""
+def _classes(
+    num_codebooks: int, num_codes: int, implementation: str, product_dtype: str, chip: str
+) -> Case:
+    """As in ladder_1b, with 16 codebooks of 256: 1432 frequent tokens, as many classes of 89."""
     from vqcx_jax.ops.codebook import classes
 
-    num_codebooks, num_codes, num_classes, num_ranks = 64, 16, 1432, 89
+    num_classes, num_ranks = 1432, 89
     num_nodes = V + num_classes
 
     def loss(
@@ -481,8 +483,9 @@ CASES: dict[str, Callable[..., Case]] = {
     "log_z 16x16, scales": functools.partial(_streamed, 16, 16, "bfloat16", True),
     "log_z 16x16, float32": functools.partial(_streamed, 16, 16, "float32", False),
     "top_k 16x16": functools.partial(_best, 16, 16),
-    "classes 64x16": functools.partial(_classes, "pallas_tpu", "bfloat16"),
-    "classes 64x16, XLA": functools.partial(_classes, "xla", "float32"),
+    "classes 16x256": functools.partial(_classes, 16, 256, "pallas_tpu", "bfloat16"),
+    "classes 16x256, XLA": functools.partial(_classes, 16, 256, "xla", "float32"),
+    "classes 64x16": functools.partial(_classes, 64, 16, "pallas_tpu", "bfloat16"),
     "one codebook": functools.partial(_one_codebook, "pallas_tpu"),
     "one codebook, XLA": functools.partial(_one_codebook, "xla"),
     "two codebooks": functools.partial(_two_codebooks, "pallas_tpu"),
