@@ -191,9 +191,7 @@ def _best(num_codebooks: int, num_codes: int, chip: str) -> Case:
     )
 
 
-def _classes(
-    num_codebooks: int, num_codes: int, implementation: str, product_dtype: str, chip: str
-) -> Case:
+def _classes(num_codebooks: int, num_codes: int, chip: str) -> Case:
     """As in ladder_1b, with 16 codebooks of 256: 1432 frequent tokens, as many classes of 89."""
     from vqcx_jax.ops.codebook import classes
 
@@ -216,8 +214,8 @@ def _classes(
             classes.Classes(*tokens),
             targets,
             targets >= 0,
-            implementation=implementation,
-            product_dtype=product_dtype,
+            implementation="pallas_tpu",
+            product_dtype="bfloat16",
         )
 
     # At most: as if each class occurred. A class that does not has no tile.
@@ -248,7 +246,7 @@ def _classes(
             *tokens,
             ((N,), "int32"),
         ],
-        kernels if implementation == "pallas_tpu" else [],
+        kernels,
     )
 
 
@@ -483,9 +481,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "log_z 16x16, scales": functools.partial(_streamed, 16, 16, "bfloat16", True),
     "log_z 16x16, float32": functools.partial(_streamed, 16, 16, "float32", False),
     "top_k 16x16": functools.partial(_best, 16, 16),
-    "classes 16x256": functools.partial(_classes, 16, 256, "pallas_tpu", "bfloat16"),
-    "classes 16x256, XLA": functools.partial(_classes, 16, 256, "xla", "float32"),
-    "classes 64x16": functools.partial(_classes, 64, 16, "pallas_tpu", "bfloat16"),
+    "classes 16x256": functools.partial(_classes, 16, 256),
+    "classes 64x16": functools.partial(_classes, 64, 16),
     "one codebook": functools.partial(_one_codebook, "pallas_tpu"),
     "one codebook, XLA": functools.partial(_one_codebook, "xla"),
     "two codebooks": functools.partial(_two_codebooks, "pallas_tpu"),

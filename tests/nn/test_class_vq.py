@@ -102,6 +102,22 @@ def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+def test_top_k_on_a_mesh(axis_type: str, h: jax.Array) -> None:
+    """Each device looks into as many classes as its own positions need."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    head, rules = make_head(), ShardingRules()
+    expected = head.top_k(h, 5)
+    graphdef, params, buffers = functional.split(head)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((params, buffers), functional.shardings(head, mesh, rules))
+        rows = jax.device_put(h, sharding.named_sharding(mesh, ("batch", None, None), rules))
+        top_k = jax.jit(lambda arrays, rows: nnx.merge(graphdef, *arrays).top_k(rows, 5))
+        log_probs, tokens = jax.device_get(top_k(arrays, rows))
+    np.testing.assert_array_equal(tokens, expected[1])
+    chex.assert_trees_all_close(log_probs, np.asarray(expected[0]), rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     tokens, rngs = classes.arrange(CLASS_OF, C), nnx.Rngs(0)
     with pytest.raises(UserError, match=r"assignment has shape \(24, 2\): must have 28 rows"):

@@ -16,8 +16,8 @@ from versions import newest_jax
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device, dispatch, soft_cap
 from vqcx_jax.ops.codebook import bilinear, loss, multi, pairs
-from vqcx_jax.ops.codebook.pairs.tpu import Tile
 from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.tpu_resident import Tile
 
 # Small, so that tiny problems have several steps, row blocks and blocks of columns.
 TILE = Tile(32, 16, 128)

@@ -27,7 +27,7 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device
 from vqcx_jax.ops.dispatch import NotSupported
 from vqcx_jax.ops.softmax import resident
-from vqcx_jax.ops.softmax.resident.tpu import Tile
+from vqcx_jax.ops.tpu_resident import Tile
 
 # Small, so that tiny problems have several steps, row blocks and blocks of columns.
 TILE = Tile(32, 16, 128)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
@@ -50,6 +49,7 @@ class LearnedVQHead(MultiVQHead):
         if not 1 <= num_candidates <= num_codes:
             raise UserError(f"num_candidates={num_candidates}: must be in 1 .. {num_codes}")
         super().__init__(assignment, num_codes, dim, expand_vectors=True, **options)
+        self.sums_pairs = False  # Scores get their gradients from `token_nll`.
         neighbours = straight_through.nearest_codes(self.codebooks[...], num_candidates)
         self.neighbours = buffer(neighbours, (None, None, None))
         start = jnp.zeros((*assignment.shape, num_candidates), jnp.float32).at[..., 0].set(_START)
@@ -82,16 +82,6 @@ class LearnedVQHead(MultiVQHead):
             "scores": self.scores[...],
         }
         return per_device(nll, axes, (ROWS, ROWS), self.rules)(h_BxTxD, tokens_BxT, key, arrays)
-
-    def summed_nll(
-        self,
-        h_BxTxD: jax.Array,
-        targets_BxT: jax.Array,
-        is_token_BxT: jax.Array,
-        z_loss: float | jax.Array = 0.0,
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `Head.summed_nll`: the sum of `token_nll`, as of any head."""
-        return Head.summed_nll(self, h_BxTxD, targets_BxT, is_token_BxT, z_loss)
 
     def _arrays(self) -> dict[str, jax.Array]:
         return super()._arrays() | {"assignment": self.token_map()}

@@ -97,6 +97,7 @@ class MultiVQHead(Head):
         self.closes = num_codebooks <= 2 and not token_scale
         self.expands = not self.closes and expand_vectors is not False and logit_soft_cap is None
         self.may_stream = expand_vectors is None and num_codebooks * num_codes < dim
+        self.sums_pairs = self.closes and num_codebooks == 2 and own_tokens is None
         self.form: Form = form
         self.has_own = own_tokens is not None
         self.has_bias = token_bias
@@ -135,7 +136,7 @@ class MultiVQHead(Head):
     ) -> tuple[jax.Array, jax.Array]:
         """See `Head.summed_nll`. Two codebooks that close have a TPU kernel, gradients included."""
         labelled = (h_BxTxD, targets_BxT, is_token_BxT)
-        if not self.closes or len(self.codebooks[...]) != 2 or self.has_own:
+        if not self.sums_pairs:
             return super().summed_nll(*labelled, z_loss)
         cap = None if self.logit_soft_cap is None else self.logit_soft_cap / 2
 

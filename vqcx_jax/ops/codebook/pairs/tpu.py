@@ -22,21 +22,9 @@ from vqcx_jax.ops.codebook import bilinear
 from vqcx_jax.ops.codebook.multi import Form
 from vqcx_jax.ops.codebook.pairs import xla
 from vqcx_jax.ops.dispatch import NotSupported
-from vqcx_jax.ops.tpu import LANES, num_cores, out_shape, up, vmem_limit
+from vqcx_jax.ops.tpu import LANES, out_shape, up, vmem_limit
+from vqcx_jax.ops.tpu_resident import TILES, Groups, Tile, columns_of, compiler_params, dot
 from vqcx_jax.ops.varying import varying_like
-
-# Columns of the gradient by codes, which are made at a time; the first that divides their width.
-_COLUMNS = (512, 384, 256, LANES)
-# (positions of a step, those whose logits are held); the first that fits.
-_TILES = ((1024, 512), (1024, 256), (512, 256), (256, 256), (128, 128))
-
-
-class Tile(NamedTuple):
-    """Attributes: positions of a step; row_block, those whose logits are held; columns."""
-
-    positions: int
-    row_block: int
-    columns: int
 
 
 class _Static(NamedTuple):
@@ -121,14 +109,14 @@ def summed_nll(
 def _tile(inputs: _Inputs, form: Form) -> Tile:
     num_positions, itemsize = len(inputs.h), inputs.h.dtype.itemsize
     width = up(inputs.codebooks[0].shape[1], LANES)
-    columns = next(number for number in _COLUMNS if width % number == 0)
+    columns = columns_of(width)
     first, second = _padded_num_codes(inputs)
     limit = vmem_limit(device.current().kind)
     # A float32 product is one of bfloat16 parts, and those of what is resident are kept.
     of_parts = 3 * 2
     resident = (first + second) * width * (itemsize + 4 + (of_parts if itemsize == 4 else 0))
     resident += first * second * (4 + 4 + of_parts)
-    for positions, row_block in _TILES:
+    for positions, row_block in TILES:
         # h and its gradient, in two buffers each.
         moving = 2 * 2 * positions * (2 if form == "product" else 1) * width * itemsize
         held = (first + second) * (positions * itemsize + 5 * 4 * row_block)
@@ -294,51 +282,36 @@ def _call(
     num_positions, dim = h_NxD.shape
     num_rows, width = weights_RxW.shape
     p = kernel.tile.positions
-    num_blocks = num_positions // p
-    num_groups = num_cores(device.current().kind)
-    num_groups = num_groups if num_blocks % num_groups == 0 else 1
-    blocks_of_group = num_blocks // num_groups
-
-    def block(columns: int) -> pl.BlockSpec:
-        return pl.BlockSpec((p, columns), lambda g, i: (g * blocks_of_group + i, 0))
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda g, i: (0, 0), pipeline_mode=pl.Buffered(1))
-
-    def of_group(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda g, i: (g, 0, 0), pipeline_mode=pl.Buffered(1))
+    groups = Groups.of(num_positions, p)
 
     def out(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return out_shape(shape, dtype, h_NxD)
 
     d_h_NxD, *of_groups = pl.pallas_call(
         functools.partial(_kernel, kernel),
-        grid=(num_groups, blocks_of_group),
+        grid=(groups.number, groups.num_blocks),
         in_specs=[
-            block(dim),
-            whole(num_rows, width),
-            whole(1, num_rows),
-            whole(*kernel.num_codes),
-            pl.BlockSpec((8, p), lambda g, i: (0, g * blocks_of_group + i)),
+            groups.block(dim),
+            groups.whole(num_rows, width),
+            groups.whole(1, num_rows),
+            groups.whole(*kernel.num_codes),
+            groups.block_of_columns(8),
             pl.BlockSpec(memory_space=pltpu.SMEM),
         ],
         out_specs=[
-            block(dim),
-            of_group(num_rows, width),
-            of_group(*kernel.num_codes),
-            of_group(1, LANES),
+            groups.block(dim),
+            groups.of_group(num_rows, width),
+            groups.of_group(*kernel.num_codes),
+            groups.of_group(1, LANES),
         ],
         out_shape=[
             out(num_positions, dim, dtype=h_NxD.dtype),
-            out(num_groups, num_rows, width),
-            out(num_groups, *kernel.num_codes),
-            out(num_groups, 1, LANES),
+            out(groups.number, num_rows, width),
+            out(groups.number, *kernel.num_codes),
+            out(groups.number, 1, LANES),
         ],
         scratch_shapes=[pltpu.VMEM((num_rows, p), h_NxD.dtype)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(device.current().kind),
-        ),
+        compiler_params=compiler_params(),
         interpret=interpret,
         name="vqcx_two_codebooks",
     )(h_NxD, weights_RxW, mask_1xR, mass_IxJ, target_8xN, scalars_1x2)
@@ -364,7 +337,6 @@ def _kernel(
     positions, row_block, columns = kernel.tile
     first = kernel.num_codes[0]
     dtype, width = h_ref.dtype, weights_ref.shape[1]
-    dot = functools.partial(_dot, _precision(dtype))
     of_cells = functools.partial(_of_cells, dtype)
     z_loss, peak_mass = scalars_ref[0, 0], scalars_ref[0, 1]
 
@@ -440,23 +412,6 @@ def _exp_from_peak(l_PxK: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.exp(l_PxK - peak_Px1), peak_Px1
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """A float32 product is to be one: the matrix unit would round its operands."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _dot(
-    precision: jax.lax.Precision | None, x: jax.Array, y: jax.Array, transposed: bool = False
-) -> jax.Array:
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((1,), (1 if transposed else 0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _of_cells(dtype: Any, x: jax.Array, y: jax.Array, transposed: bool = False) -> jax.Array:
     """A product of float32 numbers that are not negative, in a model of some dtype.
 
@@ -465,12 +420,12 @@ def _of_cells(dtype: Any, x: jax.Array, y: jax.Array, transposed: bool = False) 
     2^-15 and mostly to 2^-17. What is made of them, but for the gradient by B, is rounded to 2^-9.
     """
     if dtype == jnp.float32:
-        return _dot(jax.lax.Precision.HIGHEST, x, y, transposed)
+        return dot(x, y, transposed)
     high, low = _halves(x)
     x = jnp.concatenate([low, high, high], axis=1)
     high, low = _halves(y)
     y = jnp.concatenate([high, low, high], axis=1 if transposed else 0)
-    return _dot(None, x, y, transposed)
+    return dot(x, y, transposed)
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,22 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 from vqcx_jax.ops import device
 from vqcx_jax.ops.dispatch import NotSupported
 from vqcx_jax.ops.softmax.resident import xla
-from vqcx_jax.ops.tpu import LANES, num_cores, out_shape, up, vmem_limit
+from vqcx_jax.ops.tpu import LANES, out_shape, up, vmem_limit
+from vqcx_jax.ops.tpu_resident import TILES, Groups, Tile, columns_of, compiler_params, dot
 from vqcx_jax.ops.varying import varying_like
 
 _ROWS = 16  # A register of bfloat16 has so many.
-# Columns of the gradient by weights, which are made at a time; the first that divides D.
-_COLUMNS = (512, 384, 256, LANES)
-# (positions of a step, those whose logits are held); the first that fits.
-_TILES = ((1024, 512), (1024, 256), (512, 256), (256, 256), (128, 128))
-
-
-class Tile(NamedTuple):
-    """Attributes: positions of a step; row_block, those whose logits are held; columns."""
-
-    positions: int
-    row_block: int
-    columns: int
 
 
 class _Static(NamedTuple):
@@ -99,9 +88,9 @@ def summed_nll(
 
 def _tile(num_positions: int, num_rows: int, dim: int, itemsize: int) -> Tile:
     dim = up(dim, LANES)
-    columns = next(number for number in _COLUMNS if dim % number == 0)
+    columns = columns_of(dim)
     limit = vmem_limit(device.current().kind)
-    for positions, row_block in _TILES:
+    for positions, row_block in TILES:
         moving = 2 * 2 * positions * dim * itemsize  # h and its gradient, in two buffers each.
         # A float32 product is one of bfloat16 parts, and those of the weights are kept.
         parts = 3 * 2 if itemsize == 4 else 0
@@ -130,50 +119,35 @@ def _sums(static: _Static, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
 def _forward(static: _Static, inputs: _Inputs) -> tuple[tuple[jax.Array, jax.Array], _Inputs]:
     num_positions, dim = inputs.h.shape
     num_rows, p = len(inputs.weights), static.tile.positions
-    num_blocks = num_positions // p
-    num_groups = num_cores(device.current().kind)
-    num_groups = num_groups if num_blocks % num_groups == 0 else 1
-    blocks_of_group = num_blocks // num_groups
-
-    def block(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((p, width), lambda g, i: (g * blocks_of_group + i, 0))
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda g, i: (0, 0), pipeline_mode=pl.Buffered(1))
-
-    def of_group(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda g, i: (g, 0, 0), pipeline_mode=pl.Buffered(1))
+    groups = Groups.of(num_positions, p)
 
     def out(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return out_shape(shape, dtype, inputs.h)
 
     d_h_NxD, d_weights, d_bias, sums = pl.pallas_call(
         functools.partial(_kernel, static),
-        grid=(num_groups, blocks_of_group),
+        grid=(groups.number, groups.num_blocks),
         in_specs=[
-            block(dim),
-            whole(num_rows, dim),
-            whole(1, num_rows),
-            block(1),
+            groups.block(dim),
+            groups.whole(num_rows, dim),
+            groups.whole(1, num_rows),
+            groups.block(1),
             pl.BlockSpec(memory_space=pltpu.SMEM),
         ],
         out_specs=[
-            block(dim),
-            of_group(num_rows, dim),
-            of_group(1, num_rows),
-            of_group(1, LANES),
+            groups.block(dim),
+            groups.of_group(num_rows, dim),
+            groups.of_group(1, num_rows),
+            groups.of_group(1, LANES),
         ],
         out_shape=[
             out(num_positions, dim, dtype=inputs.h.dtype),
-            out(num_groups, num_rows, dim),
-            out(num_groups, 1, num_rows),
-            out(num_groups, 1, LANES),
+            out(groups.number, num_rows, dim),
+            out(groups.number, 1, num_rows),
+            out(groups.number, 1, LANES),
         ],
         scratch_shapes=[pltpu.VMEM((num_rows, p), inputs.h.dtype)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(device.current().kind),
-        ),
+        compiler_params=compiler_params(),
         interpret=static.interpret,
         name="vqcx_resident_softmax",
     )(*inputs)
@@ -204,7 +178,6 @@ def _kernel(
     """sums_ref: nll and log(Z)^2 in the first two lanes. d_z_ref: gradients by logits, (R, P)."""
     positions, row_block, columns = static.tile
     dim = weights_ref.shape[1]
-    dot = functools.partial(_dot, _precision(h_ref.dtype))
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -248,23 +221,6 @@ def _kernel(
         d_weights_ref[:, here] += dot(d_z_ref[...], h_ref[:, here])
 
     jax.lax.fori_loop(0, dim // columns, of_columns, None)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """A float32 product is to be one: the matrix unit would round its operands."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _dot(
-    precision: jax.lax.Precision | None, x: jax.Array, y: jax.Array, transposed: bool = False
-) -> jax.Array:
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((1,), (1 if transposed else 0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _backward(
