@@ -1,10 +1,15 @@
-"""What is tested with the newest jax alone."""
+"""What is tested with one end of the supported versions of jax alone, as it takes long."""
 
 import jax
 import pytest
 
-# For what takes long: most cases of kernels, which are interpreted, and some whole runs. What users
-# of the oldest jax meet first (scripts, loop, heads, sharding) is tested with every version.
+# Most cases of kernels, which are interpreted, and some whole runs. What users of the oldest jax
+# meet first (scripts, loop, heads, sharding) is tested with every version.
 newest_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="long, and runs with the newest jax alone"
+)
+# Further cases of what has some with every version, and properties of the mathematics: the oldest
+# compiles them in a third of the time.
+oldest_jax = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="long, and runs with the oldest jax alone"
 )

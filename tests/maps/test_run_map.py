@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from grain import MapDataset
 from tiny_run import tiny_config, tiny_optimizer
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.config import apply_overrides, schema
 from vqcx_jax.data import tokenizer_fingerprint
@@ -30,7 +30,7 @@ from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import Setup, prepare
 from vqcx_jax.training.state import TrainState
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 PRODUCT = {"num_codes": "8", "num_codebooks": "4", "form": "product", "assignment": "random"}
 LEARNED = {**PRODUCT, "learned_candidates": "3", "token_scale": "true"}

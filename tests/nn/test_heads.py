@@ -13,6 +13,7 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 from jax.experimental import checkify
+from versions import oldest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config.schema import ShardingRules
@@ -40,6 +41,7 @@ CAP = 1.5  # Products reach 4 and more.
 CAPPED = ("vq", "full", "streamed", "low_rank")
 NORMALIZED = ("adaptive", "two_level", "huffman", "class_vq")
 KINDS = CAPPED + NORMALIZED
+WITH_EVERY_JAX = ("vq", "class_vq", "full")
 KINDS_AND_CAPS = [(kind, None) for kind in KINDS] + [(kind, CAP) for kind in CAPPED]
 
 
@@ -277,7 +279,12 @@ def samples(head: Head, h: jax.Array) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "axis_type"),
-    [*((kind, "explicit") for kind in KINDS), ("vq", "auto"), ("full", "auto")],
+    [
+        *((kind, "explicit") for kind in WITH_EVERY_JAX),
+        *(pytest.param(k, "explicit", marks=oldest_jax) for k in KINDS if k not in WITH_EVERY_JAX),
+        ("vq", "auto"),
+        ("full", "auto"),
+    ],
 )
 def test_top_k_and_samples_on_a_mesh(kind: str, axis_type: str) -> None:
     """Top-k of a batch that is sharded as in training; samples of one that is whole."""

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import MultiVQHead, ReassignedVQHead
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 V, D, K, M = 40, 8, 4, 2
 

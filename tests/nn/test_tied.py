@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Transformer, functional
 from vqcx_jax.nn.build import abstract_model, build_model
 from vqcx_jax.nn.loss import summed_nll
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 MODEL = schema.Model(
     vocab_size=11,

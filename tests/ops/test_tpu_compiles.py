@@ -26,6 +26,11 @@ CHIPS_AND_DTYPES = [
     ("v5p", "bfloat16"),
     *(pytest.param(chip, "float32", marks=newest_jax) for chip in ("v5p", "v6e")),
 ]
+EVERY_CHIP = [
+    ("v5p", "bfloat16"),
+    pytest.param("v6e", "float32", marks=newest_jax),
+    *(pytest.param(chip, "bfloat16", marks=newest_jax) for chip in ("v5e", "tpu7x")),
+]
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 
 
@@ -111,10 +116,7 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * V / num_chips / 4
 
 
-@pytest.mark.parametrize(
-    ("chip", "dtype"),
-    [*CHIPS_AND_DTYPES, *(pytest.param(c, "bfloat16", marks=newest_jax) for c in ("v5e", "tpu7x"))],
-)
+@pytest.mark.parametrize(("chip", "dtype"), EVERY_CHIP)
 def test_one_codebook(chip: str, dtype: str) -> None:
     """The summed loss with a cap; in float32 on four chips. Never N K numbers."""
     num_chips, num_codes, dim = 4 if dtype == "float32" else 1, 1290, 256
@@ -144,10 +146,7 @@ def test_one_codebook(chip: str, dtype: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < of_logits
 
 
-@pytest.mark.parametrize(
-    ("chip", "dtype"),
-    [*CHIPS_AND_DTYPES, *(pytest.param(c, "bfloat16", marks=newest_jax) for c in ("v5e", "tpu7x"))],
-)
+@pytest.mark.parametrize(("chip", "dtype"), EVERY_CHIP)
 def test_two_codebooks(chip: str, dtype: str) -> None:
     """The summed loss with a cap; in float32 product codes, on four chips."""
     num_chips, form = (4, "product") if dtype == "float32" else (1, "additive")

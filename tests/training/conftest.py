@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import Event, FinishedRun, tiny_config
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.sharding import make_mesh
@@ -38,7 +39,7 @@ def one_device(run_config: schema.Config, tmp_path_factory: pytest.TempPathFacto
     return _execute(run_config, mesh, tmp_path_factory.mktemp("one_device"))
 
 
-@pytest.fixture(scope="package", params=["explicit", "auto"])
+@pytest.fixture(scope="package", params=["explicit", pytest.param("auto", marks=oldest_jax)])
 def eight_devices(
     run_config: schema.Config,
     request: pytest.FixtureRequest,

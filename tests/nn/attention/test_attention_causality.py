@@ -19,11 +19,11 @@ from attention_kinds import (
     with_random_parameters,
 )
 from flax import nnx
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.nn import Attention, Transformer, functional
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 ONE_DOCUMENT = jnp.ones_like(SEGMENTS), jnp.zeros_like(SEGMENTS) + jnp.arange(9)
 

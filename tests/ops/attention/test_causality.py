@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from variants import VARIANTS, make_inputs, table
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.ops.attention import (
     alibi_bias,
@@ -19,7 +19,7 @@ from vqcx_jax.ops.attention import (
     window_mask,
 )
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 LENGTH, HEAD_DIM = 7, 8
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 3, 3, 0]])

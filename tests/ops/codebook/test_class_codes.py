@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import class_sampling, classes, reference
 
 # As users compile it.
-pytestmark = [newest_jax, pytest.mark.usefixtures("fully_optimized")]
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 V, C, M, K, D = 103, 9, 3, 5, 6
 
