@@ -33,6 +33,13 @@ KINDS: dict[str, schema.AttentionConfig] = {
         learned_frequencies=True, extension="yarn", extension_factor=4.0, trained_length=64
     ),
     "pope": schema.PopeAttention(),
+    "pope_0.75_per_head_learned_ntk": schema.PopeAttention(
+        rope_fraction=0.75,
+        frequencies="per_head",
+        learned_frequencies=True,
+        extension="ntk",
+        extension_factor=4.0,
+    ),
     "alibi": schema.AlibiAttention(),
     "alibi_window": schema.AlibiAttention(window=4),
     "nope": schema.NopeAttention(),
@@ -156,7 +163,8 @@ def literal_scores(
         return trained[name] if one_for_all else of_query_heads(trained[name], num_heads)
 
     if isinstance(options, schema.Rotary):
-        frequencies = literal_frequencies(options, k.shape[2], head_dim)
+        width = 2 * head_dim if isinstance(options, schema.PopeAttention) else head_dim
+        frequencies = literal_frequencies(options, k.shape[2], width)
         frequencies = frequencies * jnp.exp(trained.get("log_ratio", 0.0))
         match options.extension:
             case "linear":
@@ -184,20 +192,19 @@ def literal_scores(
         case schema.RopeAttention():
             return scale * ops.rope_scores(q, k, *where)
         case schema.PopeAttention():
-            theta = options.rope_base ** (-jnp.arange(head_dim) / head_dim)
             bias = ops.clamp_bias(trained["bias"])
-            return scale * ops.pope_scores(q, k, bias, theta, positions, positions)
+            return scale * ops.pope_scores(q, k, bias, *where)
     return scale * jnp.einsum("bthd,bshd->bhts", q, k)
 
 
-def literal_frequencies(options: schema.Rotary, num_kv_heads: int, head_dim: int) -> jax.Array:
-    """(K, P), or (1, P) for all heads."""
-    planes = jnp.arange(head_dim // 2)
+def literal_frequencies(options: schema.Rotary, num_kv_heads: int, width: int) -> jax.Array:
+    """(K, P), or (1, P) for all heads; P planes are half the width."""
+    planes = jnp.arange(width // 2)
     between = jnp.zeros(1)
     if options.frequencies == "per_head":
         between = jnp.arange(num_kv_heads) / num_kv_heads
-    omega = options.rope_base ** (-2 * (planes + between[:, None]) / head_dim)
-    return jnp.where(planes < int(options.rope_fraction * head_dim) // 2, omega, 0.0)
+    omega = options.rope_base ** (-2 * (planes + between[:, None]) / width)
+    return jnp.where(planes < int(options.rope_fraction * width) // 2, omega, 0.0)
 
 
 def of_query_heads(x: jax.Array, num_heads: int, axis: int = 0) -> jax.Array:

@@ -76,7 +76,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "eulerformer": {"delta": (2, 1), "bias": (2, 1), "frequencies": (4,)},
     "rope": {"frequencies": (4,)},
     "rope_learned_yarn": {"log_ratio": (2, 4), "frequencies": (2, 4)},
-    "pope": {"bias": (2, 4, 8)},
+    "pope": {"bias": (2, 4, 8), "frequencies": (8,)},
     "alibi": {},
 }
 

@@ -23,7 +23,12 @@ from vqcx_jax.nn import KVCache
 ALL = pytest.mark.parametrize("name", KINDS)
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(VOCAB_SIZE, size=(2, 9)), jnp.int32)
 ONE_DOCUMENT = jnp.ones_like(TOKENS), jnp.zeros_like(TOKENS) + jnp.arange(9)
-KEY_WIDTHS = {"harmonic2": 2 * HEAD_DIM, "harmonic3_per_head": 3 * HEAD_DIM, "pope": 2 * HEAD_DIM}
+KEY_WIDTHS = {
+    "harmonic2": 2 * HEAD_DIM,
+    "harmonic3_per_head": 3 * HEAD_DIM,
+    "pope": 2 * HEAD_DIM,
+    "pope_0.75_per_head_learned_ntk": 2 * HEAD_DIM,
+}
 
 
 def in_pieces(model: Any, cache: KVCache) -> tuple[Any, KVCache]:

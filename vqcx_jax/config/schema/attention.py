@@ -1,6 +1,6 @@
 """Attention: how scores come to depend on phases and positions.
 
-Every kind but the last three turns queries and keys by position times frequency, plane by plane
+Every kind but the last two turns queries and keys by position times frequency, plane by plane
 (`vqcx_jax.ops.attention.rotary`), and has the fields of `Rotary`.
 """
 
@@ -106,11 +106,13 @@ class RopeAttention(Rotary):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PopeAttention(AttentionOptions):
-    """PoPE: amplitudes carry content and phases positions; queries and keys twice as wide."""
+class PopeAttention(Rotary):
+    """PoPE: amplitudes carry content and phases positions; queries and keys twice as wide.
+
+    Each of the head_dim coordinates is a plane of its own.
+    """
 
     kind: Literal["pope"] = "pope"
-    rope_base: PositiveFloat = 10_000.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

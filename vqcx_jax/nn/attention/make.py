@@ -41,7 +41,7 @@ def make_encoding(
         case schema.RopeAttention():
             return RotaryEncoding(attention, num_kv_heads, head_dim, rules)
         case schema.PopeAttention():
-            return PopeEncoding(attention, num_heads, head_dim, rules)
+            return PopeEncoding(attention, *heads)
         case schema.AlibiAttention():
             return AlibiEncoding(num_heads, head_dim, rules)
         case schema.NopeAttention():

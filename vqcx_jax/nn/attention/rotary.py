@@ -27,8 +27,9 @@ Adapt = tuple[Callable[..., QueriesAndKeys], tuple[Param, ...]]
 class RotaryEncoding(Encoding):
     """RoPE: queries and keys turned by position times frequency.
 
-    Trained frequencies are omega exp(log_ratio), where they start at omega: (P,), or (K, P) for
-    frequencies of each key head.
+    P planes turn: head_dim / 2 unless `num_planes` says otherwise. Trained frequencies are
+    omega exp(log_ratio), where they start at omega: (P,), or (K, P) for frequencies of each key
+    head.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class RotaryEncoding(Encoding):
         num_kv_heads: int,
         head_dim: int,
         rules: schema.ShardingRules,
+        num_planes: int | None = None,
     ):
         super().__init__(head_dim, rules)
+        self.num_planes = num_planes or head_dim // 2
         self.attention = attention
         self.num_kv_heads = num_kv_heads
         if attention.extension == "yarn":
@@ -90,11 +93,10 @@ class RotaryEncoding(Encoding):
 
     def _first_frequencies(self) -> jax.Array:
         base, fraction = self.attention.rope_base, self.attention.rope_fraction
+        width = 2 * self.num_planes
         if self.attention.frequencies == "per_head":
-            return ops.per_head_frequencies(
-                self.num_kv_heads, self.head_dim, base, fraction=fraction
-            )
-        return ops.rope_frequencies(self.head_dim, base, fraction=fraction)
+            return ops.per_head_frequencies(self.num_kv_heads, width, base, fraction=fraction)
+        return ops.rope_frequencies(width, base, fraction=fraction)
 
     def _extended(self, frequencies: jax.Array) -> jax.Array:
         factor, length = self.attention.extension_factor, self.attention.trained_length

@@ -114,7 +114,7 @@ def pope_queries_and_keys(
 
     Args:
         q, k: as above.
-        cos, sin: of d frequencies, `pope_frequencies`: (B, T, d).
+        cos, sin: of d frequencies, `pope_frequencies`: (B, T, d), or (B, T, K, d).
         bias: (H, d) or (d,), radians; clamped to [-2 pi, 0], see `pope.clamp_bias`.
 
     Returns:
