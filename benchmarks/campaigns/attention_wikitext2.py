@@ -24,7 +24,7 @@ def campaign(data: Path) -> Campaign:
             name: dataclasses.replace(variant, token_map=head.token_map)
             for name, variant in VARIANTS.items()
         },
-        more_seeds={"RoPE": 5, "PoPE": 5, "complex, delta = 1": 5},
+        more_seeds={"RoPE": 5, "PoPE": 5, "complex, delta = 1": 5, "amplitude": 5},
         report="attention",
         lengths=(256, 512, 1024),
     )

@@ -396,6 +396,45 @@ def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> C
     )
 
 
+def _pope(width: int, chip: str, blocks: Any = None) -> Case:
+    """Keys and queries that plain JAX makes twice as wide, as `nn.Attention` does; as above."""
+    from vqcx_jax.ops import attention
+    from vqcx_jax.ops.flash_attention import block_sizes, tpu
+
+    if blocks is None:
+        blocks = block_sizes.block_sizes(KINDS[chip], 2 * width, is_packed=False)
+
+    def loss(
+        q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, positions: jax.Array
+    ) -> jax.Array:
+        table = attention.rotary_table(positions, attention.pope_frequencies(width))
+        y = tpu.attend(
+            *attention.pope_queries_and_keys(q, k, *table, bias),
+            v,
+            frequencies=jnp.zeros(width),
+            delta=None,
+            bias=None,
+            positions=positions,
+            segment_ids=None,
+            scale=width**-0.5,
+            block_sizes=blocks,
+        )
+        return jnp.sum(y.astype(jnp.float32))
+
+    heads = ((1, T, H, width), "bfloat16")
+    forward = _of_plan(blocks.block_q, blocks.block_kv, False)
+    backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
+    return Case(
+        loss,
+        (0, 1, 2, 3),
+        [heads, heads, heads, ((H, width), "float32"), ((1, T), "int32")],
+        [
+            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H), 3 * _triangle(width)),
+            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H), 8 * _triangle(width)),
+        ],
+    )
+
+
 def _triangle(width: int) -> float:
     """Products of queries and keys that are not hidden, all heads."""
     return H * T * (T + 1) / 2 * width
@@ -491,6 +530,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "attention, complex": functools.partial(_attention, True, HEAD_DIM),
     "attention, complex, width 64": functools.partial(_attention, True, 64),
     "attention, RoPE": functools.partial(_attention, False, HEAD_DIM),
+    "attention, PoPE": functools.partial(_pope, HEAD_DIM),
+    "attention, PoPE, width 64": functools.partial(_pope, 64),
     "attention, splash": _splash,
     "decode, 4 key heads": functools.partial(_decode, 4, 128, "pallas_tpu"),
     "decode, 16 key heads": functools.partial(_decode, 16, 128, "pallas_tpu"),
