@@ -23,7 +23,7 @@ def campaign(data: Path) -> Campaign:
         },
         baseline="RoPE",
         variants=VARIANTS,
-        more_seeds={"RoPE": 5, "PoPE": 5, "complex, delta = 1": 5},
+        more_seeds={"RoPE": 5, "PoPE": 5, "complex, delta = 1": 5, "amplitude": 5},
         report="attention",
         lengths=(256, 512, 1024),
     )
