@@ -17,7 +17,7 @@ def get_config() -> schema.Config:
             num_kv_heads=12,
             head_dim=64,
             mlp_dim=2048,
-            attention=schema.ComplexAttention(),
+            attention=schema.PopeAttention(),
             head=schema.ClassVQHead(),
             dtype="bfloat16",
         ),

@@ -18,7 +18,7 @@ def get_config() -> schema.Config:
             num_kv_heads=8,
             head_dim=64,
             mlp_dim=8192,
-            attention=schema.ComplexAttention(),
+            attention=schema.PopeAttention(),
             head=schema.ClassVQHead(),
             dtype="bfloat16",
             remat="full",

@@ -16,7 +16,7 @@ def get_config() -> schema.Config:
             num_kv_heads=6,
             head_dim=32,
             mlp_dim=512,
-            attention=schema.ComplexAttention(),
+            attention=schema.PopeAttention(),
             head=schema.ClassVQHead(num_codes=64),
         ),
         data=schema.Data(

@@ -18,7 +18,7 @@ def get_config() -> schema.Config:
             num_kv_heads=4,
             head_dim=64,
             mlp_dim=704,
-            attention=schema.ComplexAttention(),
+            attention=schema.PopeAttention(),
             head=schema.ClassVQHead(),
         ),
         data=schema.Data(

@@ -30,7 +30,8 @@ def test_round_trip(path: Path) -> None:
 
 def trunk_parameters(model: schema.Model) -> int:
     attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim * model.embed_dim
-    phases = (model.num_heads + model.num_kv_heads) * model.head_dim // 2
+    assert isinstance(model.attention, schema.PopeAttention)
+    phases = model.num_heads * model.head_dim
     mlp = 3 * model.embed_dim * model.mlp_dim
     norms = 2 * model.embed_dim
     return model.num_layers * (attention + phases + mlp + norms) + model.embed_dim

@@ -14,7 +14,8 @@ from vqcx_jax.evaluation.plot_attention import float32_model, main
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("plot")
-    save_checkpoint(tiny_config(workdir, model__dtype="bfloat16"), workdir / "run")
+    options = {"model__attention__kind": "complex", "model__dtype": "bfloat16"}
+    save_checkpoint(tiny_config(workdir, **options), workdir / "run")
     return workdir
 
 

@@ -15,6 +15,7 @@ MODEL = schema.Model(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=20,
+    attention=schema.RopeAttention(),
     head=schema.VQHead(num_codes=10),
 )
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from vqcx_jax.config.schema.attention import AttentionConfig, ComplexAttention
+from vqcx_jax.config.schema.attention import AttentionConfig, PopeAttention
 from vqcx_jax.config.schema.heads import HeadConfig, VQHead
 from vqcx_jax.config.schema.types import STRICT, Positive, PositiveFloat
 
@@ -23,7 +23,7 @@ class Model:
     head_dim: Positive = 64
     mlp_dim: Positive = 704
     norm_epsilon: PositiveFloat = 1e-6
-    attention: AttentionConfig = Field(default_factory=ComplexAttention, discriminator="kind")
+    attention: AttentionConfig = Field(default_factory=PopeAttention, discriminator="kind")
     head: HeadConfig = Field(default_factory=VQHead, discriminator="kind")
     # Parameters are always float32; this is the type of activations and matrix products.
     dtype: Literal["float32", "bfloat16"] = "float32"
