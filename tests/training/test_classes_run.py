@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import records, tiny_config
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax import checkpoint
 from vqcx_jax.config import schema
@@ -18,7 +18,7 @@ from vqcx_jax.training import loop
 from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import prepare
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 HEAD = {
     "kind": "class_vq",

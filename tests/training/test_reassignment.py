@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import records, tiny_config
-from versions import newest_jax
+from versions import oldest_jax
 
 from vqcx_jax import checkpoint
 from vqcx_jax.config import schema
@@ -22,7 +22,7 @@ from vqcx_jax.training.batches import to_microbatches
 from vqcx_jax.training.checkpointing import Checkpoints
 from vqcx_jax.training.setup import prepare
 
-pytestmark = newest_jax
+pytestmark = oldest_jax
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
