@@ -118,12 +118,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--seeds", type=int, help="at most so many of the campaign's seeds")
+    parser.add_argument("--baseline", help="report differences to this variant")
     parser.add_argument("--plot", type=Path, help="an SVG of the report (needs matplotlib)")
     args = parser.parse_args()
     campaign = _load(args.campaign, args.data)
     if args.only:
         chosen = {name: campaign.variants[name] for name in args.only}
         campaign = dataclasses.replace(campaign, variants=chosen)
+    if args.baseline is not None:
+        if args.baseline not in campaign.variants:
+            parser.error(f"--baseline={args.baseline!r}: must be one of {list(campaign.variants)}")
+        campaign = dataclasses.replace(campaign, baseline=args.baseline)
     if args.seeds is not None:
         fewer = {name: min(args.seeds, n) for name, n in campaign.more_seeds.items()}
         seeds = min(args.seeds, campaign.seeds)

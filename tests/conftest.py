@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from versions import oldest_jax
 
 # Another platform is for tests/gpu. So many devices, so that one process can hold any small mesh.
 jax.config.update("jax_platforms", os.environ.get("VQCX_TEST_PLATFORM", "cpu"))
@@ -54,28 +53,8 @@ _LONG = (
 )
 
 
-# Formulas in plain JAX, which the heads and layers that use them are tested with in every version.
-_FORMULAS = (
-    "test_adaptive.py",
-    "test_bilinear.py",
-    "test_closed_form.py",
-    "test_codebook_loss.py",
-    "test_core.py",
-    "test_encode.py",
-    "test_hierarchies.py",
-    "test_multi_compiled.py",
-    "test_sampling.py",
-    "test_streamed.py",
-    "test_streaming.py",
-    "test_summed.py",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Formulas with the oldest jax; long files first, within a file the order stays."""
-    for item in items:
-        if item.path.name in _FORMULAS:
-            item.add_marker(oldest_jax)
+    """Long files first; within a file the order stays."""
     items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else 99)
 
 

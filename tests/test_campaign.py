@@ -147,3 +147,25 @@ def test_more_seeds_for_some(module: Any, campaign: Any, tmp_path: Path) -> None
     path = tmp_path / "r.jsonl"
     assert len(drain(module, more, "full", lambda lr, _: abs(lr - 1), path)) == 3 + 2
     assert len(drain(module, more, "vq", lambda lr, _: abs(lr - 1), path)) == 3 + 4
+
+
+def test_report_against_another_baseline(
+    module: Any,
+    campaign: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "r.jsonl"
+    drain(module, campaign, "full", lambda lr, seed: 1 + abs(lr - 1) + seed, path)
+    drain(module, campaign, "vq", lambda lr, seed: 1.1 + abs(lr - 1) + seed, path)
+    monkeypatch.setattr(module, "_load", lambda *_: campaign)
+    arguments = ["campaign.py", "report", "x.py", f"--results={path}"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--baseline=vq"])
+    module.main()
+    full = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| full"))
+    assert full.endswith("| 0.905 ± 0.000 | 4.00 |")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--baseline=none"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "--baseline='none': must be one of ['full', 'vq'" in capsys.readouterr().err

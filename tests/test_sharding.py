@@ -59,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head": schema.VQHead(num_codes=8, token_bias=False),
     },
 }
+# Of the mesh test.
 FURTHER_CASES = [
     *(("complex_vq", mesh, "explicit") for mesh in MESHES if mesh != "data2_fsdp2_tensor2"),
     *(("rope_full", mesh, "explicit") for mesh in MESHES if "sequence" not in mesh),

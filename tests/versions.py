@@ -8,8 +8,8 @@ import pytest
 newest_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="long, and runs with the newest jax alone"
 )
-# Further cases of what has some with every version, and properties of the mathematics: the oldest
-# compiles them in a third of the time.
+# Further cases of what has some with every version, and formulas in plain JAX, which heads and
+# layers are tested with in every version: the oldest compiles them in a third of the time.
 oldest_jax = pytest.mark.skipif(
     jax.__version_info__ >= (0, 11), reason="long, and runs with the oldest jax alone"
 )

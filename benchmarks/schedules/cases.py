@@ -383,16 +383,11 @@ def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> C
 
     heads = ((1, T, H, width), "bfloat16")
     planes = ((H, width // 2), "float32")
-    forward = _of_plan(blocks.block_q, blocks.block_kv, False)
-    backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
     return Case(
         loss,
         (0, 1, 2, 4, 5),
         [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
-        [
-            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H), 2 * _triangle(width)),
-            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H), 5 * _triangle(width)),
-        ],
+        _flash_kernels(blocks, chip, 2 * _triangle(width), 5 * _triangle(width)),
     )
 
 
@@ -422,17 +417,22 @@ def _pope(width: int, chip: str, blocks: Any = None) -> Case:
         return jnp.sum(y.astype(jnp.float32))
 
     heads = ((1, T, H, width), "bfloat16")
-    forward = _of_plan(blocks.block_q, blocks.block_kv, False)
-    backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
     return Case(
         loss,
         (0, 1, 2, 3),
         [heads, heads, heads, ((H, width), "float32"), ((1, T), "int32")],
-        [
-            Kernel("vqcx_flash_fwd", _per_core(chip, forward, H), 3 * _triangle(width)),
-            Kernel("vqcx_flash_bwd", _per_core(chip, backward, H), 8 * _triangle(width)),
-        ],
+        _flash_kernels(blocks, chip, 3 * _triangle(width), 8 * _triangle(width)),
     )
+
+
+def _flash_kernels(blocks: Any, chip: str, forward: float, backward: float) -> list[Kernel]:
+    """Of our attention, by the products of its forward and its backward pass."""
+    tiles_forward = _of_plan(blocks.block_q, blocks.block_kv, False)
+    tiles_backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
+    return [
+        Kernel("vqcx_flash_fwd", _per_core(chip, tiles_forward, H), forward),
+        Kernel("vqcx_flash_bwd", _per_core(chip, tiles_backward, H), backward),
+    ]
 
 
 def _triangle(width: int) -> float:

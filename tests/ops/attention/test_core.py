@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.attention import (
@@ -17,7 +18,8 @@ from vqcx_jax.ops.attention import (
     window_mask,
 )
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+# As users compile it.
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 2, 2, 2, 3, 3, 0]])
 WINDOW = causal_mask(7, 7) & window_mask(7, 7, 3)

@@ -20,6 +20,7 @@ from variants import (
     make_inputs,
     table,
 )
+from versions import oldest_jax
 
 from vqcx_jax.ops.attention import (
     complex_scores,
@@ -28,6 +29,8 @@ from vqcx_jax.ops.attention import (
     rotary_table,
     rotate,
 )
+
+pytestmark = oldest_jax
 
 ALL = pytest.mark.parametrize("name", VARIANTS)
 BOTH_DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import scipy.special
 from multi_cases import CASES, Case, assert_equal_definition
+from versions import oldest_jax
 
 from vqcx_jax.ops.codebook import bilinear
+
+pytestmark = oldest_jax
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from versions import oldest_jax
 
 from vqcx_jax.ops import codebook
 from vqcx_jax.ops.codebook import reference
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+# As users compile it.
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 
 class Case(NamedTuple):

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import loss, multi, reference
+
+pytestmark = oldest_jax
 
 V, D, OWN = 307, 12, (5, 0, 306)
 CODEBOOKS = {1: (11,), 2: (13, 7), 3: (5, 8, 6)}

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from multi_cases import Case, Inputs, definition, loss_from_h, make, nll_of, values_and_gradients
+from versions import oldest_jax
 
 from vqcx_jax.ops.codebook import bilinear, multi, streaming
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+# As users compile it.
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 PATHS = {"bilinear": bilinear.nll, "streaming": nll_of(streaming.log_z)}
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.codebook import sampling
+
+pytestmark = oldest_jax
 
 DRAWS = 50_000
 

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from multi_cases import CASES, Case, assert_equal_definition, loss_from_h, make, nll_of
+from versions import oldest_jax
 
 from vqcx_jax.ops.codebook import bilinear, streaming
+
+pytestmark = oldest_jax
 
 MORE_CASES = {
     "one_codebook": Case(1009, (37,)),

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from versions import oldest_jax
 
 from vqcx_jax.ops.hierarchical import class_size, huffman, huffman_paths, reference, two_level
 from vqcx_jax.ops.hierarchical.two_level import TwoLevelWeights
+
+pytestmark = oldest_jax
 
 SIZES = {"smallest": (2, ()), "seven": (7, (3,)), "ragged": (37, (2, 5)), "square": (36, (40,))}
 DIM = 8

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from versions import oldest_jax
 
 from vqcx_jax.ops.softmax import adaptive, reference
 from vqcx_jax.ops.softmax.adaptive import AdaptiveWeights, Cluster, cluster_shapes
+
+pytestmark = oldest_jax
 
 DIM = 16
 CASES: dict[str, dict[str, Any]] = {

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import softmax
 from vqcx_jax.ops.codebook.reference import nll_of_logits
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+# As users compile it.
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 
 class Case(NamedTuple):

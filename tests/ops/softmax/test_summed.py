@@ -23,11 +23,13 @@ from summed_cases import (
     sums,
     values_and_gradients,
 )
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import softmax
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
+# As users compile it.
+pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
 
 
 CASES = {
