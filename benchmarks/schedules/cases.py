@@ -20,6 +20,8 @@ BANDWIDTH = {"v5p": 2.765e12 / 2, "v6e": 1.64e12}
 
 N, D, V = 8192, 2048, 128_256
 T, H, HEAD_DIM, BLOCK = 8192, 16, 128, 1024
+# Kinds of attention that kernels encode, and how their cases are called.
+ATTENTION = {"complex": "complex", "rope": "RoPE", "pope": "PoPE", "amplitude": "amplitude"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,12 +353,14 @@ def _per_core(chip: str, executions: Sequence[int], times: int = 1) -> tuple[flo
     return tuple(times * n / CORES[chip] for n in executions)
 
 
-def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> Case:
+def _attention(kind: str, width: int, chip: str, blocks: Any = None) -> Case:
     """Raw queries and keys; causal, one document."""
-    from vqcx_jax.ops.flash_attention import block_sizes, tpu
+    from vqcx_jax.ops.flash_attention import amplitude, block_sizes, tpu
 
+    amplitudes: dict[str, amplitude.Amplitude] = {"pope": "softplus", "amplitude": "modulus"}
+    num_planes = amplitude.num_planes(width, amplitudes.get(kind))
     if blocks is None:
-        blocks = block_sizes.block_sizes(KINDS[chip], width, is_packed=False)
+        blocks = block_sizes.block_sizes(KINDS[chip], 2 * num_planes, is_packed=False)
 
     def loss(
         q: jax.Array,
@@ -372,56 +376,24 @@ def _attention(is_complex: bool, width: int, chip: str, blocks: Any = None) -> C
             k,
             v,
             frequencies=frequencies,
-            delta=delta if is_complex else None,
-            bias=bias if is_complex else None,
+            delta=delta if kind == "complex" else None,
+            bias=None if kind == "rope" else bias,
             positions=positions,
             segment_ids=None,
             scale=width**-0.5,
+            amplitude=amplitudes.get(kind),
             block_sizes=blocks,
         )
         return jnp.sum(y.astype(jnp.float32))
 
     heads = ((1, T, H, width), "bfloat16")
-    planes = ((H, width // 2), "float32")
+    planes = ((H, num_planes), "float32")
+    of_scores, of_values = _triangle(2 * num_planes), _triangle(width)
     return Case(
         loss,
         (0, 1, 2, 4, 5),
         [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
-        _flash_kernels(blocks, chip, 2 * _triangle(width), 5 * _triangle(width)),
-    )
-
-
-def _pope(width: int, chip: str, blocks: Any = None) -> Case:
-    """Keys and queries that plain JAX makes twice as wide, as `nn.Attention` does; as above."""
-    from vqcx_jax.ops import attention
-    from vqcx_jax.ops.flash_attention import block_sizes, tpu
-
-    if blocks is None:
-        blocks = block_sizes.block_sizes(KINDS[chip], 2 * width, is_packed=False)
-
-    def loss(
-        q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, positions: jax.Array
-    ) -> jax.Array:
-        table = attention.rotary_table(positions, attention.pope_frequencies(width))
-        y = tpu.attend(
-            *attention.pope_queries_and_keys(q, k, *table, bias),
-            v,
-            frequencies=jnp.zeros(width),
-            delta=None,
-            bias=None,
-            positions=positions,
-            segment_ids=None,
-            scale=width**-0.5,
-            block_sizes=blocks,
-        )
-        return jnp.sum(y.astype(jnp.float32))
-
-    heads = ((1, T, H, width), "bfloat16")
-    return Case(
-        loss,
-        (0, 1, 2, 3),
-        [heads, heads, heads, ((H, width), "float32"), ((1, T), "int32")],
-        _flash_kernels(blocks, chip, 3 * _triangle(width), 8 * _triangle(width)),
+        _flash_kernels(blocks, chip, of_scores + of_values, 3 * of_scores + 2 * of_values),
     )
 
 
@@ -527,11 +499,11 @@ CASES: dict[str, Callable[..., Case]] = {
     "two codebooks": functools.partial(_two_codebooks, "pallas_tpu"),
     "two codebooks, XLA": functools.partial(_two_codebooks, "xla"),
     "full, tokamax": _tokamax,
-    "attention, complex": functools.partial(_attention, True, HEAD_DIM),
-    "attention, complex, width 64": functools.partial(_attention, True, 64),
-    "attention, RoPE": functools.partial(_attention, False, HEAD_DIM),
-    "attention, PoPE": functools.partial(_pope, HEAD_DIM),
-    "attention, PoPE, width 64": functools.partial(_pope, 64),
+    **{
+        f"attention, {name}{of_width}": functools.partial(_attention, kind, width)
+        for kind, name in ATTENTION.items()
+        for width, of_width in ((HEAD_DIM, ""), (64, ", width 64"))
+    },
     "attention, splash": _splash,
     "decode, 4 key heads": functools.partial(_decode, 4, 128, "pallas_tpu"),
     "decode, 16 key heads": functools.partial(_decode, 16, 128, "pallas_tpu"),

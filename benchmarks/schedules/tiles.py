@@ -62,6 +62,7 @@ def _streamed(product_dtype: str) -> Tuned:
 
 
 def _attention(width: int) -> Tuned:
+    """Of queries and keys that are `width` wide once they are turned."""
     from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, block_sizes
 
     fields = {
@@ -93,4 +94,6 @@ TUNED = {
     "log_z 16x16, float32": _streamed("float32"),
     "attention, complex": _attention(cases.HEAD_DIM),
     "attention, complex, width 64": _attention(64),
+    "attention, PoPE": _attention(2 * cases.HEAD_DIM),
+    "attention, PoPE, width 64": _attention(cases.HEAD_DIM),
 }

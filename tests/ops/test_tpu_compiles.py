@@ -206,18 +206,18 @@ def test_classes(chip: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chip", "width"),
+    ("chip", "width", "amplitude"),
     [
-        ("v5e", 64),
-        pytest.param("v5p", 128, marks=newest_jax),
-        pytest.param("v6e", 256, marks=newest_jax),
-        pytest.param("tpu7x", 128, marks=newest_jax),
+        ("v5e", 64, "softplus"),
+        pytest.param("v5p", 128, None, marks=newest_jax),
+        pytest.param("v6e", 256, "softplus", marks=newest_jax),
+        pytest.param("tpu7x", 128, "modulus", marks=newest_jax),
     ],
 )
-def test_flash_attention(chip: str, width: int) -> None:
+def test_flash_attention(chip: str, width: int, amplitude: Any) -> None:
     """Ragged, grouped, with everything that there is."""
     length, num_heads, num_kv_heads = 1500, 4, 2
-    planes = (num_kv_heads, width // 2)
+    num_planes = width if amplitude == "softplus" else width // 2
 
     def loss(q: Any, k: Any, v: Any, phases: Any, positions: Any, segment_ids: Any) -> jax.Array:
         y = flash_attention.attend(
@@ -228,16 +228,18 @@ def test_flash_attention(chip: str, width: int) -> None:
             positions=positions,
             segment_ids=segment_ids,
             scale=0.1,
+            amplitude=amplitude,
             window=1000,
             soft_cap=50.0,
         )
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh_of(chip, 1)):
+        of_key_heads = abstract((num_kv_heads, num_planes), "float32")
         phases = {
-            "frequencies": abstract(planes, "float32"),
-            "delta": abstract(planes, "float32"),
-            "bias": abstract((num_heads, width // 2), "float32"),
+            "frequencies": of_key_heads,
+            "delta": of_key_heads if amplitude is None else None,
+            "bias": abstract((num_heads, num_planes), "float32"),
         }
         ids = abstract((1, length), "int32")
         kv = abstract((1, length, num_kv_heads, width), "bfloat16")
@@ -368,21 +370,23 @@ def test_largest_tiles_of_codes() -> None:
 
 
 @newest_jax
-def test_largest_tiles_of_attention() -> None:
+@pytest.mark.parametrize("amplitude", [None, "softplus"])
+def test_largest_tiles_of_attention(amplitude: Any) -> None:
     """One document, float32."""
-    shape, planes = (1, 4096, 1, 128), (1, 64)
+    shape, planes = (1, 4096, 1, 128), (1, 64 if amplitude is None else 128)
 
-    def loss(q: Any, k: Any, v: Any, delta: Any, positions: Any) -> jax.Array:
+    def loss(q: Any, k: Any, v: Any, bias: Any, positions: Any) -> jax.Array:
         y = flash_attention.attend(
             q,
             k,
             v,
             frequencies=jnp.ones(planes),
-            delta=delta,
-            bias=delta,
+            delta=bias if amplitude is None else None,
+            bias=bias,
             positions=positions,
             segment_ids=None,
             scale=0.1,
+            amplitude=amplitude,
         )
         return jnp.sum(y)
 

@@ -33,15 +33,14 @@ WITH_KERNELS = (
     "complex",
     "complex_learned",
     "complex_window_soft_cap",
+    "amplitude_linear",
     "eulerformer",
     "eulerformer_planes_ntk",
     "rope_learned_yarn",
-    # Kernels do not turn these: they are given encoded queries and keys.
-    "harmonic3_per_head",
-    "nope",
-    "pope",
-    "smooth",
+    "pope_0.75_per_head_learned_ntk",
 )
+# Kernels do not turn these: they are given encoded queries and keys.
+ENCODED = ("harmonic3_per_head", "nope", "smooth")
 
 
 @pytest.fixture
@@ -76,12 +75,15 @@ def results(module: Any, mesh: Any = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", ["complex", *(pytest.param(kind, marks=newest_jax) for kind in WITH_KERNELS[1:])]
+    "kind",
+    ["complex", *(pytest.param(kind, marks=newest_jax) for kind in (*WITH_KERNELS[1:], *ENCODED))],
 )
 def test_equals_plain_jax(kind: str, tpu: None) -> None:
     expected = results(layer(kind, "xla"))
+    by_kernels = layer(kind, "auto")
+    assert (by_kernels.encoding.phases() is None) == (kind in ENCODED)
     with dispatch.record() as traced:
-        actual = results(layer(kind, "auto"))
+        actual = results(by_kernels)
     assert ("Attention", "pallas_tpu") in traced and ("Attention", "xla") not in traced
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,6 @@
 """What an encoding of positions is to an attention layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 from vqcx_jax.config import schema
 from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.nn.variables import Param, logical_axes
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude
 from vqcx_jax.sharding import LogicalAxes, per_device
 
 HEADS: LogicalAxes = (*ROWS, "heads", None)
@@ -32,10 +33,14 @@ class TokenInfo(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """Frequencies, and delta and bias if there are, of `ops.flash_attention`; and their axes."""
+    """What `ops.flash_attention` takes to turn raw queries and keys.
 
-    arrays: tuple[jax.Array, ...]
-    axes: tuple[LogicalAxes, ...]
+    arrays: frequencies, and delta and bias if there are, by name. axes: theirs.
+    """
+
+    arrays: Mapping[str, jax.Array]
+    axes: Mapping[str, LogicalAxes]
+    amplitude: Amplitude | None = None
 
 
 class Encoding(nnx.Module):

@@ -218,7 +218,7 @@ class Attention(nnx.Module):
         phases, q_and_k = self.encoding.phases(), raw
         if phases is None:  # Not to be turned any more.
             zeros_P = jnp.zeros((encoded[0].shape[-1] // 2,), jnp.float32)
-            phases, q_and_k = Phases((zeros_P,), ((None,),)), encoded
+            phases, q_and_k = Phases({"frequencies": zeros_P}, {"frequencies": (None,)}), encoded
         if mesh_axes("sequence", self.rules):
             raise dispatch.NotSupported("the sequence is sharded: kernels need it whole")
 
@@ -228,28 +228,28 @@ class Attention(nnx.Module):
             v: jax.Array,
             segment_ids: jax.Array,
             positions: jax.Array,
-            frequencies: jax.Array,
-            delta: jax.Array | None = None,
-            bias: jax.Array | None = None,
+            *arrays: jax.Array,
         ) -> tuple[jax.Array]:
+            named = dict(zip(phases.arrays, arrays, strict=True))
             y = flash_attention.tpu.attend(
                 q,
                 k,
                 v,
-                frequencies=frequencies,
-                delta=delta,
-                bias=bias,
+                frequencies=named["frequencies"],
+                delta=named.get("delta"),
+                bias=named.get("bias"),
                 positions=positions,
                 segment_ids=segment_ids if is_packed else None,
                 scale=self.encoding.scale,
+                amplitude=phases.amplitude,
                 causal=self.causal,
                 window=self.options.window,
                 soft_cap=self.options.logit_soft_cap,
             )
             return (y,)
 
-        axes = (HEADS, HEADS, HEADS, ROWS, ROWS, *phases.axes)
-        arrays = [constrain(x, a, self.rules) for x, a in zip(*phases, strict=True)]
+        arrays = [constrain(x, phases.axes[name], self.rules) for name, x in phases.arrays.items()]
+        axes = (HEADS, HEADS, HEADS, ROWS, ROWS, *(phases.axes[name] for name in phases.arrays))
         (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
             *q_and_k, v_BxTxKxd, info.segment_ids, info.positions, *arrays
         )

@@ -18,10 +18,18 @@ from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.nn.variables import Param, logical_axes, param
 from vqcx_jax.ops import attention as ops
 from vqcx_jax.ops import euler_turn
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 # A function of `ops.attention.encode`, and what it takes after the table.
 Adapt = tuple[Callable[..., QueriesAndKeys], tuple[Param, ...]]
+# Of those that kernels know: what it takes by the kernels' names, and their amplitude.
+_IN_KERNELS: dict[Callable[..., QueriesAndKeys], tuple[tuple[str, ...], Amplitude | None]] = {
+    ops.rope_queries_and_keys: ((), None),
+    ops.complex_queries_and_keys: (("delta", "bias"), None),
+    ops.amplitude_queries_and_keys: (("bias",), "modulus"),
+    ops.pope_queries_and_keys: (("bias",), "softplus"),
+}
 
 
 class RotaryEncoding(Encoding):
@@ -72,24 +80,29 @@ class RotaryEncoding(Encoding):
         return self._encode(function, q, k, table, *trained)
 
     def phases(self) -> Phases | None:
-        """Frequencies, and the delta and the bias of complex attention."""
+        """Frequencies and what the kind has beside them, if kernels know it."""
         function, trained = self._adapt()
-        if function not in (ops.rope_queries_and_keys, ops.complex_queries_and_keys):
+        if function not in _IN_KERNELS:
             return None
+        names, amplitude = _IN_KERNELS[function]
         frequencies = self.frequencies()
-        axes: LogicalAxes = PER_HEAD if frequencies.ndim == 2 else (None,)
-        adapt = (x[...] for x in trained)
-        return Phases((frequencies, *adapt), (axes, *(logical_axes(x) for x in trained)))
+        arrays, axes = {"frequencies": frequencies}, {"frequencies": self._axes(frequencies)}
+        for name, x in zip(names, trained, strict=True):
+            arrays[name], axes[name] = x[...], logical_axes(x)
+        return Phases(arrays, axes, amplitude)
 
     def _adapt(self) -> Adapt:
         return ops.rope_queries_and_keys, ()
 
     def _table(self, positions: jax.Array) -> tuple[jax.Array, ...]:
         frequencies = self.frequencies()
-        axes: LogicalAxes = PER_HEAD if frequencies.ndim == 2 else (None,)
+        axes = self._axes(frequencies)
         out_axes = HEADS if frequencies.ndim == 2 else (*ROWS, None)
         make = per_device(ops.rotary_table, (ROWS, axes), (out_axes, out_axes), self.rules)
         return make(positions, constrain(frequencies, axes, self.rules))
+
+    def _axes(self, frequencies: jax.Array) -> LogicalAxes:
+        return PER_HEAD if frequencies.ndim == 2 else (None,)
 
     def _first_frequencies(self) -> jax.Array:
         base, fraction = self.attention.rope_base, self.attention.rope_fraction

@@ -1,4 +1,4 @@
-"""Attention over raw queries and keys that are turned by their phases: complex (CMHA) or RoPE.
+"""Attention over raw queries and keys that are turned by their phases: complex (CMHA), RoPE, PoPE.
 
 `api` chooses between `xla`, the formula in plain JAX, and `tpu`, Pallas kernels that turn queries
 and keys themselves.

@@ -1,4 +1,4 @@
-"""Flash attention over raw queries and keys on TPUs: complex (CMHA) or rotary, as Pallas kernels.
+"""Flash attention over raw queries and keys on TPUs: complex (CMHA), rotary or PoPE, by Pallas.
 
 After FlashAttention (Dao et al. 2022; Dao 2023): scores live in VMEM only, and the backward pass
 makes them again. What is ours is that queries and keys come raw: kernels turn each block by its
@@ -15,7 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device
+from vqcx_jax.ops.attention import clamp_bias
 from vqcx_jax.ops.dispatch import NotSupported
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude, check, num_planes
 from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, fit
 from vqcx_jax.ops.flash_attention.block_sizes import block_sizes as of_table
 from vqcx_jax.ops.flash_attention.tiles import visible
@@ -36,6 +38,7 @@ def attend(
     positions: jax.Array,
     segment_ids: jax.Array | None,
     scale: float,
+    amplitude: Amplitude | None = None,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -47,17 +50,8 @@ def attend(
     q' and k' are rounded to the dtypes of q and k; phases, softmax and sums are float32. Gradients
     by q, k, v, frequencies, delta and bias are those of this composition.
 
-    Args:
-        q: (B, T, H, d), raw, bfloat16 or float32. d and dv are multiples of 16.
-        k: (B, T, K, d), raw, with H a multiple of K; query head h reads key head h // (H / K).
-        v: (B, T, K, dv).
-        frequencies: float32 (P,) or (K, P), P = d/2, radians per position.
-        delta: (K, P) or (P,), the slope of Adapt; None: 1, as in RoPE, and no arctangent.
-        bias: (H, P) or (P,), radians; None: 0.
-        positions: int32 (B, T), of queries and keys, any integers.
-        segment_ids: int32 (B, T), as in `segment_mask`; None: one document.
-        scale: of the scores, before the soft-cap.
-        causal: as `causal_mask`. window: as `window_mask`. soft_cap: as in `core.attend`.
+    Args, beside those of `api.attend`:
+        q, k, v: bfloat16 or float32; d and dv are multiples of 16.
         block_sizes: of the kernels; None: those of the table for this device.
         interpret: Pallas's TPU interpreter, for tests.
 
@@ -66,13 +60,17 @@ def attend(
 
     Raises:
         NotSupported: a width or dtype that the kernels cannot work with.
-        UserError: shapes that do not fit.
+        UserError: shapes that do not fit; an amplitude with a delta.
     """
     _, length, num_heads, width = q.shape
     num_kv_heads = k.shape[2]
     _check(q, k, v, window)
+    check(amplitude, delta)
+    if amplitude == "softplus" and bias is not None:
+        bias = clamp_bias(bias)
+    planes_of_head = num_planes(width, amplitude)
     if block_sizes is None:
-        widest, is_packed = max(width, v.shape[-1]), segment_ids is not None
+        widest, is_packed = max(2 * planes_of_head, v.shape[-1]), segment_ids is not None
         block_sizes = of_table(device.current().kind, widest, is_packed)
     blocks = fit(block_sizes, length)
     settings = Settings(
@@ -80,6 +78,7 @@ def attend(
         soft_cap=soft_cap,
         visible=visible(causal, window, length),
         blocks=blocks,
+        amplitude=amplitude,
         interpret=interpret,
     )
     step = max(blocks.block_q, blocks.block_kv, blocks.block_q_backward, blocks.block_kv_backward)
@@ -93,7 +92,7 @@ def attend(
         return varying_like(padded, q)
 
     def column(x: jax.Array, heads: int) -> jax.Array:
-        planes = jnp.broadcast_to(x.astype(jnp.float32), (heads, width // 2))[..., None]
+        planes = jnp.broadcast_to(x.astype(jnp.float32), (heads, planes_of_head))[..., None]
         return varying_like(planes, q)
 
     inputs = Inputs(

@@ -60,7 +60,8 @@ def backward(
     """
     length, block_kv = inputs.q.shape[2], settings.blocks.block_kv_backward
     num_blocks = length // block_kv
-    widest = max(inputs.q.shape[-1], inputs.v.shape[-1], LANES)
+    turned_width = 2 * settings.num_planes(inputs.q.shape[-1])
+    widest = max(turned_width, inputs.v.shape[-1], LANES)
     chunk_blocks = max(1, settings.blocks.chunk_keys * LANES // (widest * block_kv))
     parts = [
         _chunk(
@@ -137,7 +138,8 @@ def _chunk(
     def of_summed_head(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), at.head(n, g), 0, 0
 
-    num_planes = width // 2
+    num_planes = settings.num_planes(width)
+    turned_width = 2 * num_planes
     planes = (None, num_planes, 1)
     query_block, value_query_block = (
         (None, None, block_q, width),
@@ -204,13 +206,13 @@ def _chunk(
         inputs=operands,
         outputs=outputs,
         scratch={
-            "turned_q": pltpu.VMEM((block_q, width), q.dtype),
+            "turned_q": pltpu.VMEM((block_q, turned_width), q.dtype),
             "dot_out": pltpu.VMEM((1, block_q), jnp.float32),
-            "d_turned_q": pltpu.VMEM((width, block_q), jnp.float32),
-            "turned_k": pltpu.VMEM((num_blocks, block_kv, width), k.dtype),
-            "turned_k_transposed": pltpu.VMEM((num_blocks, width, block_kv), k.dtype),
+            "d_turned_q": pltpu.VMEM((turned_width, block_q), jnp.float32),
+            "turned_k": pltpu.VMEM((num_blocks, block_kv, turned_width), k.dtype),
+            "turned_k_transposed": pltpu.VMEM((num_blocks, turned_width, block_kv), k.dtype),
             "values": pltpu.VMEM((num_blocks, block_kv, value_width), v.dtype),
-            "d_turned_k": pltpu.VMEM((num_blocks, block_kv, width), jnp.float32),
+            "d_turned_k": pltpu.VMEM((num_blocks, block_kv, turned_width), jnp.float32),
             "d_values": pltpu.VMEM((num_blocks, block_kv, value_width), jnp.float32),
         }
         | phases,
@@ -262,9 +264,9 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
     @pl.when((code & NEW_KEY != 0) & (group_index == 0))
     def take_keys() -> None:
         refs["values"][slot] = refs["v"][...]
-        refs["d_turned_k"][slot] = jnp.zeros((block_kv, refs["k"].shape[1]), float32)
-        refs["d_values"][slot] = jnp.zeros((block_kv, refs["v"].shape[1]), float32)
-        planes = planes_of(refs, with_bias=False)
+        refs["d_turned_k"][slot] = jnp.zeros(refs["d_turned_k"].shape[1:], float32)
+        refs["d_values"][slot] = jnp.zeros(refs["d_values"].shape[1:], float32)
+        planes = planes_of(refs, settings, with_bias=False)
 
         def take(at: Any) -> None:
             x = refs["k"][at, :].astype(float32).T
@@ -280,7 +282,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
     @pl.when(code & FIRST_OF_ROW != 0)
     def start_row() -> None:
         refs["d_turned_q"][...] = jnp.zeros_like(refs["d_turned_q"])
-        planes = planes_of(refs, with_bias=True)
+        planes = planes_of(refs, settings, with_bias=True)
 
         def take(at: Any) -> None:
             x = refs["q"][at, :].astype(float32).T
@@ -300,7 +302,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
 
     @pl.when(code & LAST_OF_ROW != 0)
     def finish_row() -> None:
-        planes = planes_of(refs, with_bias=True)
+        planes = planes_of(refs, settings, with_bias=True)
 
         def write(at: Any) -> None:
             cotangent = refs["d_turned_q"][:, at] * settings.scale
@@ -320,7 +322,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
     @pl.when((code & LAST_OF_KEY != 0) & (group_index == indices.group - 1))
     def finish_keys() -> None:
         refs["d_v"][...] = refs["d_values"][slot].astype(refs["d_v"].dtype)
-        planes = planes_of(refs, with_bias=False)
+        planes = planes_of(refs, settings, with_bias=False)
         # Queries carry query_scale.
         factor = settings.scale / settings.query_scale
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude, num_planes
 from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes
 from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, Kind, Plan, Visible
 from vqcx_jax.ops.flash_attention.transform import Planes
@@ -27,7 +28,12 @@ class Settings(NamedTuple):
     soft_cap: float | None
     visible: Visible
     blocks: BlockSizes
+    amplitude: Amplitude | None
     interpret: Any
+
+    def num_planes(self, width: int) -> int:
+        """P, of heads of this width."""
+        return num_planes(width, self.amplitude)
 
     @property
     def query_scale(self) -> float:
@@ -164,12 +170,13 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     )
 
 
-def planes_of(refs: dict[str, Any], with_bias: bool) -> Planes:
+def planes_of(refs: dict[str, Any], settings: Settings, with_bias: bool) -> Planes:
     """The parameters of the head at hand; keys have no bias."""
     return Planes(
         refs["omega"][...],
         refs["delta"][...] if "delta" in refs else None,
         refs["bias"][...] if with_bias and "bias" in refs else None,
+        settings.amplitude,
     )
 
 

@@ -52,7 +52,9 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
     group = num_heads // num_kv_heads
     block_q, block_kv = settings.blocks.block_q, settings.blocks.block_kv
     num_key_blocks = length // block_kv
-    bytes_of_key = width * k.dtype.itemsize + value_width * v.dtype.itemsize
+    num_planes = settings.num_planes(width)
+    turned_width = 2 * num_planes
+    bytes_of_key = turned_width * k.dtype.itemsize + value_width * v.dtype.itemsize
     is_cached = length * bytes_of_key <= settings.blocks.cached_keys * 4 * LANES
     plan = make_plan(settings.visible, length, block_q, block_kv, range(num_key_blocks))
     fetch = plan.first_fetch if is_cached else plan.k_block
@@ -72,7 +74,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
     def of_key_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, tables[1][s]
 
-    planes = (None, width // 2, 1)
+    planes = (None, num_planes, 1)
     operands = [
         Operand("q", q, (None, None, block_q, width), at.of_queries),
         Operand("k", k, (None, None, block_kv, width), of_keys),
@@ -116,8 +118,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
             ),
         ],
         scratch={
-            "turned_q": pltpu.VMEM((block_q, width), q.dtype),
-            "turned_k": pltpu.VMEM((cached_blocks, block_kv, width), k.dtype),
+            "turned_q": pltpu.VMEM((block_q, turned_width), q.dtype),
+            "turned_k": pltpu.VMEM((cached_blocks, block_kv, turned_width), k.dtype),
             "values": pltpu.VMEM((cached_blocks, block_kv, value_width), v.dtype),
             "maximum": pltpu.VMEM((block_q, LANES), jnp.float32),
             "total": pltpu.VMEM((block_q, LANES), jnp.float32),
@@ -143,7 +145,7 @@ def _kernel(
         refs["maximum"][...] = jnp.full_like(refs["maximum"], MASKED)
         refs["total"][...] = jnp.zeros_like(refs["total"])
         refs["weighted"][...] = jnp.zeros_like(refs["weighted"])
-        planes = planes_of(refs, with_bias=True)
+        planes = planes_of(refs, settings, with_bias=True)
 
         def turn(at: Any) -> None:
             x = refs["q"][at, :].astype(jnp.float32).T
@@ -156,7 +158,7 @@ def _kernel(
 
     def take_keys() -> None:
         refs["values"][slot] = refs["v"][...]
-        planes = planes_of(refs, with_bias=False)
+        planes = planes_of(refs, settings, with_bias=False)
 
         def turn(at: Any) -> None:
             x = refs["k"][at, :].astype(jnp.float32).T

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.attention.planes import smooth_amplitude
 from vqcx_jax.ops.attention.polar import Turn, polar, pull_back_pair
 from vqcx_jax.ops.attention.trig import cos_sin
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude
 
 # 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
 _TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
@@ -21,12 +23,13 @@ class Planes(NamedTuple):
     """What the planes of a head have, float32 (P, 1) each.
 
     omega: radians per position. delta: Adapt's slope; None: 1, without arctangents. bias: radians;
-    None: 0.
+    None: 0. amplitude: instead of complex numbers; delta is None then.
     """
 
     omega: jax.Array
     delta: jax.Array | None
     bias: jax.Array | None
+    amplitude: Amplitude | None
 
 
 class PhaseGradients(NamedTuple):
@@ -42,12 +45,21 @@ def turned(
 ) -> tuple[jax.Array, Turn]:
     """Scale mu exp(i (delta theta + bias + position omega)), as `encode.complex_queries_and_keys`.
 
+    Or scale amplitude(x) exp(i (bias + position omega)), as `encode.amplitude_queries_and_keys` and
+    `encode.pope_queries_and_keys`.
+
     Args:
         x: float32 (d, n), raw queries or keys. positions: int32 (1, n).
 
     Returns:
-        float32 (d, n), and the phases.
+        float32 (2 P, n), and the phases.
     """
+    if planes.amplitude is not None:
+        cos, sin = cos_sin(_position_phase(positions, planes))
+        radius = _amplitude(x, planes.amplitude)
+        if scale != 1.0:
+            radius = scale * radius
+        return jnp.concatenate([radius * cos, radius * sin]), Turn(cos, sin, None)
     real, imag = _halves(x)
     if planes.delta is None:
         cos, sin = cos_sin(_position_phase(positions, planes))
@@ -66,17 +78,22 @@ def pull_back(
     """The gradient by x, and by the phases, of `turned` with scale 1. At 0 as in `euler`.
 
     Args:
-        x, positions: as for `turned`. turn: what it returned. cotangent: float32 (d, n).
+        x, positions: as for `turned`. turn: what it returned. cotangent: float32 (2 P, n).
 
     Returns:
         float32 (d, n), and the gradients by phase parameters.
     """
-    real, imag = _halves(x)
     d_real, d_imag = _halves(cotangent)
     positions = positions.astype(jnp.float32)
+    along = turn.cos * d_real + turn.sin * d_imag
+    across = turn.cos * d_imag - turn.sin * d_real
+    if planes.amplitude is not None:
+        radius = _amplitude(x, planes.amplitude)
+        d_phase = radius * across
+        gradients = PhaseGradients(positions * d_phase, None, d_phase)
+        return _pull_back_amplitude(x, planes.amplitude, radius, along), gradients
+    real, imag = _halves(x)
     if planes.delta is None or turn.theta is None:
-        along = turn.cos * d_real + turn.sin * d_imag
-        across = turn.cos * d_imag - turn.sin * d_real
         d_phase = real * across - imag * along
         gradients = PhaseGradients(positions * d_phase, None, d_phase)
         return jnp.concatenate([along, across]), gradients
@@ -85,9 +102,26 @@ def pull_back(
     return jnp.concatenate(d_halves), gradients
 
 
+def _amplitude(x: jax.Array, kind: Amplitude) -> jax.Array:
+    """Float32 (P, n) from (d, n)."""
+    if kind == "modulus":
+        return smooth_amplitude(_halves(x))
+    return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+def _pull_back_amplitude(
+    x: jax.Array, kind: Amplitude, amplitude: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    """The gradient by x, (d, n), from that by the amplitude, (P, n)."""
+    if kind == "modulus":
+        of_each = cotangent / amplitude
+        return x * jnp.concatenate([of_each, of_each])
+    return cotangent * jax.nn.sigmoid(x)
+
+
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    num_planes = x.shape[0] // 2
-    return x[:num_planes], x[num_planes:]
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
 
 
 def _position_phase(positions: jax.Array, planes: Planes) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops import attention
+from vqcx_jax.ops.flash_attention.amplitude import Amplitude, check, num_planes
 
 
 def attend(
@@ -17,19 +18,27 @@ def attend(
     positions: jax.Array,
     segment_ids: jax.Array | None,
     scale: float,
+    amplitude: Amplitude | None = None,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
     """See `api.attend`."""
+    check(amplitude, delta)
+    zeros_P = jnp.zeros((num_planes(q.shape[-1], amplitude),), jnp.float32)
     table = attention.rotary_table(positions, frequencies)
-    if delta is None and bias is None:
+    if amplitude is None and delta is None and bias is None:
         q, k = attention.rope_queries_and_keys(q, k, *table)
     else:
-        num_planes = q.shape[-1] // 2
-        delta = jnp.ones((num_planes,), jnp.float32) if delta is None else delta
-        bias = jnp.zeros((num_planes,), jnp.float32) if bias is None else bias
-        q, k = attention.complex_queries_and_keys(q, k, *table, delta, bias)
+        bias = zeros_P if bias is None else bias
+        match amplitude:
+            case "softplus":
+                q, k = attention.pope_queries_and_keys(q, k, *table, bias)
+            case "modulus":
+                q, k = attention.amplitude_queries_and_keys(q, k, *table, bias)
+            case None:
+                delta = zeros_P + 1.0 if delta is None else delta
+                q, k = attention.complex_queries_and_keys(q, k, *table, delta, bias)
     length = q.shape[1]
     masks = []
     if causal:
