@@ -13,7 +13,14 @@ import jax.numpy as jnp
 
 from vqcx_jax.ops.attention.euler import euler_adapt
 from vqcx_jax.ops.attention.harmonics import key_harmonics, query_harmonics
-from vqcx_jax.ops.attention.planes import from_pair, per_query_head, table_for_heads, unit
+from vqcx_jax.ops.attention.planes import (
+    from_pair,
+    per_query_head,
+    smooth_amplitude,
+    table_for_heads,
+    to_pair,
+    unit,
+)
 from vqcx_jax.ops.attention.pope import clamp_bias, pope_amplitude
 from vqcx_jax.ops.attention.rotary import rotate
 from vqcx_jax.ops.attention.smooth import smooth_adapt
@@ -60,8 +67,8 @@ def amplitude_queries_and_keys(
     Returns:
         q', k' of the shapes of q and k.
     """
-    bias = bias[..., None, :]
-    return harmonic_queries_and_keys(q, k, cos, sin, jnp.ones_like(bias), bias)
+    amplitudes = smooth_amplitude(to_pair(q)), smooth_amplitude(to_pair(k))
+    return _turned_amplitudes(q, k, amplitudes, cos, sin, bias)
 
 
 def smooth_queries_and_keys(
@@ -120,12 +127,23 @@ def pope_queries_and_keys(
     Returns:
         q' (B, T, H, 2d) and k' (B, T, K, 2d).
     """
-    bias_cos, bias_sin = unit(clamp_bias(bias))
-    q_amplitude, k_amplitude = pope_amplitude(q), pope_amplitude(k)
-    q_turned = from_pair((q_amplitude * bias_cos, q_amplitude * bias_sin))
-    k_turned = from_pair(
-        (k_amplitude * table_for_heads(cos, k), k_amplitude * table_for_heads(sin, k))
-    )
+    amplitudes = pope_amplitude(q), pope_amplitude(k)
+    return _turned_amplitudes(q, k, amplitudes, cos, sin, clamp_bias(bias))
+
+
+def _turned_amplitudes(
+    q: jax.Array,
+    k: jax.Array,
+    amplitudes: tuple[jax.Array, jax.Array],
+    cos: jax.Array,
+    sin: jax.Array,
+    bias: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Queries at the phases of bias and position, keys at that of position, in their dtypes."""
+    of_queries, of_keys = amplitudes
+    bias_cos, bias_sin = unit(_wide(bias))
+    q_turned = from_pair((of_queries * bias_cos, of_queries * bias_sin))
+    k_turned = from_pair((of_keys * table_for_heads(cos, k), of_keys * table_for_heads(sin, k)))
     return _rotated(q, q_turned, cos, sin), k_turned.astype(k.dtype)
 
 
