@@ -131,3 +131,10 @@ def test_wrong_length(name: str) -> None:
     code_logits = multi.additive_code_logits(x["h"], x["codebooks"])
     with pytest.raises(UserError, match=rf"{name} has shape \(306,\).*\(307,\)"):
         loss.log_z(code_logits, x["assignment"], **{name: jnp.ones(306)})
+
+
+def test_closed_forms_have_no_kernel() -> None:
+    x = make(2, "additive", jnp.float32)
+    code_logits = multi.additive_code_logits(x["h"], x["codebooks"])
+    with pytest.raises(UserError, match="implementation='pallas_tpu': must be 'xla' or None"):
+        loss.log_z(code_logits, x["assignment"], implementation="pallas_tpu")

@@ -61,6 +61,8 @@ class VQHead:
     bias_init: BiasInit = "zeros"
     # Code logits go through cap * tanh(l / cap), before the token's bias. None: as they are.
     logit_soft_cap: PositiveFloat | None = None
+    # "auto": kernels, on devices that have them for what is asked; "xla": plain JAX alone.
+    implementation: Literal["auto", "xla"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -82,6 +84,8 @@ class ClassVQHead:
     token_bias: bool = True
     # As in VQHead; a class's bias starts at its tokens' share.
     bias_init: BiasInit = "counts"
+    # As in VQHead.
+    implementation: Literal["auto", "xla"] = "auto"
 
     @property
     def form(self) -> Literal["product"]:

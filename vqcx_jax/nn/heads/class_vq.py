@@ -8,7 +8,7 @@ from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Sampler
+from vqcx_jax.nn.heads.base import Implementation, Sampler, named
 from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
 from vqcx_jax.nn.layers import HIDDEN
 from vqcx_jax.nn.variables import buffer, param
@@ -25,6 +25,7 @@ class ClassVQHead(NormalizedHead):
         assignment: int (V + C, M), codes of all tokens, then of all classes, in [0, num_codes).
         num_codes: K.
         token_scale: train a factor for each token and each class.
+        implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
         codebooks: float32 (M, K, D / M) to start from, or None for random.
         scale: float32 (V + C,) to start from, or None for ones.
 
@@ -41,6 +42,7 @@ class ClassVQHead(NormalizedHead):
         *,
         token_bias: bool = True,
         token_scale: bool = False,
+        implementation: Implementation = "auto",
         codebooks: jax.Array | None = None,
         scale: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,
@@ -77,6 +79,7 @@ class ClassVQHead(NormalizedHead):
         self.has_bias = token_bias
         self.has_scale = token_scale
         self.vocab_size = vocab_size
+        self.named = named(implementation)
         self.dtype = dtype
         self.rules = rules or ShardingRules()
 
@@ -94,7 +97,13 @@ class ClassVQHead(NormalizedHead):
         ) -> tuple[jax.Array, jax.Array]:
             weights, in_classes = arrays
             nll = classes.summed_nll(
-                h, weights, in_classes, tokens, counts, product_dtype=self.dtype
+                h,
+                weights,
+                in_classes,
+                tokens,
+                counts,
+                implementation=self.named,
+                product_dtype=self.dtype,
             )
             return nll, jax.lax.stop_gradient(nll)
 
@@ -174,7 +183,8 @@ class ClassVQHead(NormalizedHead):
 
     def _nll(self, h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: Any) -> jax.Array:
         weights, tokens = arrays
-        return classes.nll(h_BxTxD, weights, tokens, tokens_BxT, product_dtype=self.dtype)
+        options: Any = {"implementation": self.named, "product_dtype": self.dtype}
+        return classes.nll(h_BxTxD, weights, tokens, tokens_BxT, **options)
 
     def _log_probs(self, h_BxTxD: jax.Array, arrays: Any) -> jax.Array:
-        return classes.log_probs(h_BxTxD, *arrays)
+        return classes.log_probs(h_BxTxD, *arrays, implementation=self.named)

@@ -167,6 +167,7 @@ def _vq(
     codebooks = token_map.codebooks
     options: dict[str, Any] = {
         "token_bias": head.token_bias,
+        "implementation": head.implementation,
         "dtype": jnp.dtype(config.dtype),
         "rules": rules,
         "rngs": rngs,
@@ -229,6 +230,7 @@ def _class_vq(
         config.embed_dim,
         token_bias=head.token_bias,
         token_scale=head.token_scale,
+        implementation=head.implementation,
         codebooks=None if codebooks is None else jnp.stack(codebooks),
         scale=_array(scale),
         dtype=jnp.dtype(config.dtype),

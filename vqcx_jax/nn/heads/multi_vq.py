@@ -8,7 +8,7 @@ from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Head, Sampler
+from vqcx_jax.nn.heads.base import Head, Implementation, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
@@ -40,6 +40,7 @@ class MultiVQHead(Head):
         logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
             within the cap (with scales, within scale times the cap) before its bias; own tokens
             directly.
+        implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
         codebooks: float32 (M, K, D or D/M) to start from, or None for random.
         scale, own_vectors: float32 (V,) and (T, D) to start from, or None for ones and random.
 
@@ -59,6 +60,7 @@ class MultiVQHead(Head):
         token_scale: bool = False,
         expand_vectors: bool | None = None,
         logit_soft_cap: float | None = None,
+        implementation: Implementation = "auto",
         codebooks: jax.Array | None = None,
         scale: jax.Array | None = None,
         own_vectors: jax.Array | None = None,
@@ -104,6 +106,7 @@ class MultiVQHead(Head):
         self.has_scale = token_scale
         self.vocab_size = vocab_size
         self.logit_soft_cap = logit_soft_cap
+        self.named = named(implementation)
         self.dtype = dtype
         self.rules = rules or ShardingRules()
 
@@ -120,7 +123,14 @@ class MultiVQHead(Head):
             code_logits, own = self._code_logits(h_BxTxD, arrays)
             codes = arrays["assignment"]
             return loss.nll(
-                code_logits, codes, tokens_BxT, bias, scale, own, product_dtype=self.dtype
+                code_logits,
+                codes,
+                tokens_BxT,
+                bias,
+                scale,
+                own,
+                implementation=self.named,
+                product_dtype=self.dtype,
             )
 
         axes: list[LogicalAxes] = [HIDDEN, ROWS, ()]
@@ -157,6 +167,7 @@ class MultiVQHead(Head):
                 z_loss,
                 form=self.form,
                 cap=cap,
+                implementation=self.named,
             )
 
         return self._over_devices(sums, *labelled, z_loss, [self._arrays()], [()])
@@ -167,7 +178,8 @@ class MultiVQHead(Head):
         def logits(h_BxTxD: jax.Array, arrays: dict[str, Any]) -> tuple[jax.Array]:
             code_logits, own = self._code_logits(h_BxTxD, arrays)
             bias, scale = arrays.get("bias"), arrays.get("scale")
-            return (loss.logits(code_logits, arrays["assignment"], bias, scale, own),)
+            codes = arrays["assignment"]
+            return (loss.logits(code_logits, codes, bias, scale, own, implementation=self.named),)
 
         return per_device(logits, [HIDDEN, ()], [HIDDEN], self.rules)(h_BxTxD, self._arrays())[0]
 
@@ -252,7 +264,8 @@ class MultiVQHead(Head):
         return arrays
 
     def _expands_here(self) -> bool:
-        return self.expands and not (self.may_stream and device.current().platform == "tpu")
+        has_kernel = device.current().platform == "tpu" and self.named is None
+        return self.expands and not (self.may_stream and has_kernel)
 
     def _vectors(self, arrays: dict[str, Any]) -> jax.Array:
         """The vectors of all tokens, (V, D)."""
@@ -279,7 +292,15 @@ class MultiVQHead(Head):
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             code_logits, own = self._code_logits(h_BxTxD, arrays)
             bias, scale = arrays.get("bias"), arrays.get("scale")
-            z, tokens, log_z = loss.top_k(code_logits, arrays["assignment"], k, bias, scale, own)
+            z, tokens, log_z = loss.top_k(
+                code_logits,
+                arrays["assignment"],
+                k,
+                bias,
+                scale,
+                own,
+                implementation=self.named,
+            )
             return z, tokens, log_z[..., None]
 
         return per_device(listed, [HIDDEN, ()], [HIDDEN] * 3, self.rules)(h_BxTxD, arrays)

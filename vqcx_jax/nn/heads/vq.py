@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
-from vqcx_jax.nn.heads.base import Head, Sampler
+from vqcx_jax.nn.heads.base import Head, Implementation, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, sampling, soft_cap
@@ -23,6 +23,7 @@ class VQHead(Head):
         assignment: int (V,), values in [0, num_codes); see `vqcx_jax.maps`.
         codes: float32 (num_codes, dim) to start from, or None for random.
         logit_soft_cap: caps code logits; biases are added after it.
+        implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
 
     Raises:
         UserError: codes outside [0, num_codes), or more codes than tokens.
@@ -36,6 +37,7 @@ class VQHead(Head):
         *,
         token_bias: bool = True,
         logit_soft_cap: float | None = None,
+        implementation: Implementation = "auto",
         codes: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,
         rules: ShardingRules | None = None,
@@ -52,6 +54,7 @@ class VQHead(Head):
         self.has_bias = token_bias
         self.vocab_size = len(assignment)
         self.logit_soft_cap = logit_soft_cap
+        self.named = named(implementation)
         self.dtype = dtype
         self.rules = rules or ShardingRules()
 
@@ -83,8 +86,17 @@ class VQHead(Head):
             h: jax.Array, tokens: jax.Array, counts: jax.Array, z_loss: jax.Array, *arrays: Any
         ) -> tuple[jax.Array, jax.Array]:
             codes, assignment, bias = arrays
-            cap = self.logit_soft_cap
-            return codebook.summed_nll(h, codes, assignment, tokens, counts, bias, z_loss, cap=cap)
+            return codebook.summed_nll(
+                h,
+                codes,
+                assignment,
+                tokens,
+                counts,
+                bias,
+                z_loss,
+                cap=self.logit_soft_cap,
+                implementation=self.named,
+            )
 
         axes: list[LogicalAxes] = [(None, None), (None,), (None,)]
         labelled = (h_BxTxD, targets_BxT, is_token_BxT)

@@ -118,15 +118,17 @@ def _places(classes: Classes, targets: jax.Array) -> tuple[jax.Array, jax.Array,
     return entry, entry - num_frequent(classes), rank
 
 
-def log_probs(h: jax.Array, weights: Weights, classes: Classes) -> jax.Array:
-    """Log p of all V tokens, float32 (..., V). V M gathers per position."""
+def log_probs(
+    h: jax.Array, weights: Weights, classes: Classes, *, implementation: str | None = None
+) -> jax.Array:
+    """Log p of all V tokens, float32 (..., V). V M gathers per position, see `scatter.logits`."""
     entries = entry_logits(h, entry_vectors(weights, classes), weights, classes)
     log_p_entry = jax.nn.log_softmax(entries)
     vocab_size = len(classes.entry_of)
     scale, bias = (None if x is None else x[:vocab_size] for x in (weights.scale, weights.bias))
     table_MxK = code_logits(h, weights.codebooks)
     codes_VxM = weights.codes.of_nodes[:vocab_size].astype(jnp.int32)
-    z_xV = scatter.logits(tuple(table_MxK), codes_VxM, bias, scale)
+    z_xV = scatter.logits(tuple(table_MxK), codes_VxM, bias, scale, implementation=implementation)
     z_xCxR = jnp.where(classes.members < 0, -jnp.inf, z_xV[..., classes.members])
     log_z_xC = jax.nn.logsumexp(z_xCxR, axis=-1)
     class_V = classes.entry_of - num_frequent(classes)

@@ -6,6 +6,7 @@ carry most of the loss) stand beside the codes:
     Z = sum over own tokens of exp(own_logits + bias)  +  Z of the codes of all other tokens.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.codebook import bilinear, closed_form, multi, pairs, scatter, streaming
 from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.sampling import first_of_sorted
@@ -36,6 +38,7 @@ def log_z(
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
     *,
+    implementation: str | None = None,
     product_dtype: DTypeLike = "float32",
 ) -> jax.Array:
     """logsumexp_v of z_v = scale[v] sum_m code_logits[m][assignment[v, m]] + bias[v].
@@ -43,26 +46,40 @@ def log_z(
     Args:
         code_logits: M arrays, float32 (..., K_m). assignment: int (V, M), column m in [0, K_m).
         bias, scale: (V,) or None.
-        product_dtype: as in `streaming.log_z`; closed forms are float32.
+        implementation, product_dtype: as in `streaming.log_z`; closed forms are plain JAX, float32.
 
     Returns:
         float32 (...).
 
     Raises:
-        UserError: assignment is not (V, M), or bias or scale is not (V,).
+        UserError: assignment is not (V, M), or bias or scale is not (V,); a kernel is asked for
+            where the loss closes.
     """
     multi.check_assignment(code_logits, assignment)
     check_per_token("bias", bias, assignment.shape[0])
     check_per_token("scale", scale, assignment.shape[0])
     sizes = tuple(l.shape[-1] for l in code_logits)
-    if scale is None and len(sizes) == 1:
+    closes = scale is None and len(sizes) <= 2
+    if closes and implementation not in (None, dispatch.XLA):
+        raise UserError(
+            f"implementation={implementation!r}: must be 'xla' or None, log Z of {len(sizes)} "
+            "codebooks is a closed form in plain JAX"
+        )
+    if closes and len(sizes) == 1:
         log_mass = closed_form.code_log_mass(assignment[:, 0], sizes[0], bias)
         return jax.nn.logsumexp(code_logits[0] + log_mass, axis=-1)
-    if scale is None and len(sizes) == 2:
+    if closes:
         return bilinear.log_z(
             code_logits, bilinear.cell_log_mass(assignment, (sizes[0], sizes[1]), bias)
         )
-    return streaming.log_z(code_logits, assignment, bias, scale, product_dtype=product_dtype)
+    return streaming.log_z(
+        code_logits,
+        assignment,
+        bias,
+        scale,
+        implementation=implementation,
+        product_dtype=product_dtype,
+    )
 
 
 def nll(
@@ -73,6 +90,7 @@ def nll(
     scale: jax.Array | None = None,
     own: Own | None = None,
     *,
+    implementation: str | None = None,
     product_dtype: DTypeLike = "float32",
 ) -> tuple[jax.Array, jax.Array]:
     """-log p(target) and log Z.
@@ -84,13 +102,14 @@ def nll(
     Returns:
         nll, log_z: float32 (...).
     """
+    log_z_of = functools.partial(
+        log_z, code_logits, assignment, implementation=implementation, product_dtype=product_dtype
+    )
     if own is None:
-        z = log_z(code_logits, assignment, bias, scale, product_dtype=product_dtype)
+        z = log_z_of(bias, scale)
         return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
     bias_V = _bias_of_all(assignment, bias)
-    rest = log_z(
-        code_logits, assignment, _bias_of_rest(bias_V, own), scale, product_dtype=product_dtype
-    )
+    rest = log_z_of(_bias_of_rest(bias_V, own), scale)
     own_z = jax.nn.logsumexp(own.logits + bias_V[own.tokens], axis=-1)
     z = jnp.logaddexp(own_z, rest)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
@@ -163,11 +182,16 @@ def logits(
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
     own: Own | None = None,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """V logits, for when somebody asks for them: float32 (..., V). Arguments as in `nll`."""
+    """V logits, for when somebody asks for them: float32 (..., V).
+
+    Arguments as in `nll`, implementation as in `scatter.logits`.
+    """
     if own is None:
-        return scatter.logits(code_logits, assignment, bias, scale)
-    z = scatter.logits(code_logits, assignment, None, scale)
+        return scatter.logits(code_logits, assignment, bias, scale, implementation=implementation)
+    z = scatter.logits(code_logits, assignment, None, scale, implementation=implementation)
     z = z.at[..., own.tokens].set(own.logits)
     return z if bias is None else z + bias.astype(jnp.float32)
 
@@ -179,13 +203,22 @@ def top_k(
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
     own: Own | None = None,
+    *,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k largest of `logits`, their tokens, and log Z, see `streaming.top_k`."""
     if own is None:
-        return streaming.top_k(code_logits, assignment, k, bias, scale)
+        return streaming.top_k(
+            code_logits, assignment, k, bias, scale, implementation=implementation
+        )
     bias_V = _bias_of_all(assignment, bias)
     rest_z, rest, log_z_of_rest = streaming.top_k(
-        code_logits, assignment, k, _bias_of_rest(bias_V, own), scale
+        code_logits,
+        assignment,
+        k,
+        _bias_of_rest(bias_V, own),
+        scale,
+        implementation=implementation,
     )
     own_z = own.logits + bias_V[own.tokens]
     tokens = jnp.broadcast_to(own.tokens, own_z.shape)
