@@ -235,11 +235,14 @@ def _search(campaign: Campaign, variant: str, loss: Any) -> Iterator[list[Run]]:
 
     best = 0
     while True:
-        yield [at(best), at(best + 1), at(best - 1)]
-        better = min((best - 1, best, best + 1), key=lambda e: loss(at(e)))
-        if better == best:
+        yield [at(best), at(best + 1)]
+        if loss(at(best + 1)) < loss(at(best)):
+            best += 1
+            continue
+        yield [at(best - 1)]
+        if loss(at(best - 1)) > loss(at(best)):
             break
-        best = better
+        best -= 1
     yield [at(best, seed) for seed in range(1, campaign.seeds_of(variant))]
 
 
