@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,6 +9,7 @@ from pydantic import Field
 from vqcx_jax import cli
 from vqcx_jax.config.schema.types import NonNegative, NonNegativeFloat, Positive
 from vqcx_jax.evaluation import OVERRIDABLE, SplitLoss, TrainedModel
+from vqcx_jax.paths import local_path
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,7 +45,7 @@ class Flags:
 
 def main() -> None:
     flags, overrides = cli.parse_args(Flags, sys.argv[1:], OVERRIDABLE)
-    model = TrainedModel.load(Path(flags.checkpoint), flags.step, overrides)
+    model = TrainedModel.load(local_path("--checkpoint", flags.checkpoint), flags.step, overrides)
     if flags.task == "generate":
         text = model.generate(
             flags.prompt,

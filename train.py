@@ -13,6 +13,7 @@ from vqcx_jax.config import apply_overrides, load_config
 from vqcx_jax.config.schema import Config
 from vqcx_jax.config.schema.types import NonNegative, Positive
 from vqcx_jax.errors import UserError
+from vqcx_jax.paths import local_path
 from vqcx_jax.training import TrainResult, processes, train
 
 
@@ -34,13 +35,13 @@ class Flags:
 
 def main() -> None:
     flags, overrides = cli.parse_args(Flags, sys.argv[1:])
+    workdir = local_path("--workdir", flags.workdir)
     group = {name: getattr(flags, name) for name in ("coordinator", "num_processes", "process_id")}
     if flags.distributed:
         processes.connect(**group)
     elif given := [name for name, value in group.items() if value is not None]:
         raise UserError(f"{given[0]}={group[given[0]]}: only with distributed=true")
     config = apply_overrides(load_config(flags.config), overrides)
-    workdir = Path(flags.workdir).expanduser()
     result = train(config, workdir)
     if jax.process_index() == 0:  # It prints for all.
         report(result, config, workdir)

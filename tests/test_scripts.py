@@ -314,11 +314,13 @@ BAD_CONFIG = [
     (["--config.train.steps=ten"], "train.steps='ten': must be a valid integer"),
     (["--config=none.py"], "none.py: no such configuration file"),
     (["--config.optimizer.warmup_steps=6"], "must be less than train.steps=6"),
+    (["--workdir=gs://bucket/run"], "--workdir='gs://bucket/run': must be a path, not a URL"),
     (["--wrokdir=x"], "--wrokdir: no such flag (did you mean --workdir?)"),
     (["--process_id=0"], "process_id=0: only with distributed=true"),
     (["--distributed=true", "--num_processes=2"], "coordinator, process_id: must be given, too"),
 ]
 BAD_FIT = [
+    (["--config.data.cache_dir=gs://bucket"], "data.cache_dir='gs://bucket': must be a path"),
     (["--config.mesh.data=4"], "mesh.data=4 * mesh.fsdp=1 * mesh.tensor=1"),
     (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere': no such text"),
     (
@@ -332,6 +334,7 @@ BAD_FIT = [
 ]
 BAD_EVALUATION = [
     ([], "--checkpoint: is missing, must be given"),
+    (["--checkpoint=gs://bucket/run"], "--checkpoint='gs://bucket/run': must be a path"),
     (["--checkpoint=nowhere"], "nowhere': no checkpoint found there"),
     (["--checkpoint=nowhere", "--split=dev"], "--split='dev': must be 'train', 'validation'"),
     (

@@ -174,6 +174,7 @@ def test_vectors_from_a_file_and_from_a_run(
     ("arguments", "message"),
     [
         (["--method=vq"], "--method='vq': must be 'kmeans', 'residual' or 'product'"),
+        (["--output=gs://bucket/map.npz"], "--output='gs://bucket/map.npz': must be a path"),
         (["--num_codes=0"], "--num_codes='0': must be greater than or equal to 1"),
         (["--num_codes=300"], "model.head.num_codes=300: must be at most model.vocab_size=264"),
         (["--num_codebooks=5"], "model.head.num_codebooks=5: must divide model.embed_dim=16"),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vqcx_jax.paths import local_path
+
 
 def cached_json(path: Path, build: Callable[[], Any]) -> Any:
     """Returns what `build` returned when `path` was made, making it if need be.
@@ -48,5 +50,9 @@ def _write(path: Path, value: Any) -> None:
 
 
 def cache_directory(configured: str | None) -> Path:
-    """Where prepared corpora and trained tokenizers are kept: `configured`, or the default."""
-    return Path(configured or "~/.cache/vqcx_jax").expanduser().absolute()
+    """Where prepared corpora and trained tokenizers are kept: `configured`, or the default.
+
+    Raises:
+        UserError: a URL.
+    """
+    return local_path("data.cache_dir", configured or "~/.cache/vqcx_jax").absolute()

@@ -18,6 +18,7 @@ from vqcx_jax.evaluation.attention_stats import attention_by_distance, learned_a
 from vqcx_jax.evaluation.trained import OVERRIDABLE, TrainedModel
 from vqcx_jax.nn import Transformer, functional
 from vqcx_jax.nn.build import abstract_model
+from vqcx_jax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def main() -> None:
     flags, overrides = cli.parse_args(Flags, sys.argv[1:], OVERRIDABLE)
     figure, numbers = _outputs(flags)
     require_matplotlib()
-    trained = TrainedModel.load(Path(flags.checkpoint), flags.step, overrides)
+    trained = TrainedModel.load(local_path("--checkpoint", flags.checkpoint), flags.step, overrides)
     config = trained.config
     batches = data.evaluation_dataset(
         trained.open_corpus(flags.path, flags.cache_dir).split("validation"),
@@ -79,7 +80,7 @@ def float32_model(trained: TrainedModel) -> Transformer:
 
 
 def _outputs(flags: Flags) -> tuple[Path, Path]:
-    figure = Path(flags.output).expanduser()
+    figure = local_path("--output", flags.output)
     if figure.suffix != ".svg":
         raise UserError(f"--output={flags.output!r}: must end in .svg")
     numbers = figure.with_suffix(".npz")

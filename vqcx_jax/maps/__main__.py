@@ -24,6 +24,7 @@ from vqcx_jax.maps.run_map import run_map
 from vqcx_jax.maps.run_vectors import head_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 from vqcx_jax.maps.widths import rank_for, widen_map
+from vqcx_jax.paths import local_path
 
 # Fields of the head that must be as the map is, besides its path.
 _SET_BY_MAP = {
@@ -100,7 +101,7 @@ def _export(flags: Flags, from_run: str, overrides: list[tuple[str, str]]) -> No
         path, value = overrides[0]
         raise UserError(f"--config.{path}={value!r}: must not be given with --from_run")
     output = _output(flags)
-    made, head = run_map(Path(from_run).expanduser())
+    made, head = run_map(local_path("--from_run", from_run))
     token_map = dataclasses.replace(made, provenance={**made.provenance, **_now()})
     token_map.save(output)
     print(
@@ -159,7 +160,7 @@ def _make(flags: Flags, config_path: str, overrides: list[tuple[str, str]]) -> N
 
 def _output(flags: Flags) -> Path:
     """The file to write, which is not there yet or may be replaced."""
-    output = Path(flags.output).expanduser()
+    output = local_path("--output", flags.output)
     if output.is_dir():
         raise UserError(f"--output={flags.output!r}: is a directory, must be a file")
     if output.exists() and not flags.overwrite:
@@ -200,7 +201,7 @@ def _vectors(
             window=flags.window,
             num_contexts=flags.num_contexts,
         )
-    path = Path(flags.vectors).expanduser()
+    path = local_path("--vectors", flags.vectors)
     if flags.dim is not None:
         raise UserError(f"--dim={flags.dim}: needs --vectors=cooccurrence, not {flags.vectors!r}")
     if path.is_dir():
