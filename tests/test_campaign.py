@@ -79,6 +79,13 @@ def test_the_rate_is_searched_until_both_neighbours_are_worse(
     assert runs == [(1, 0), (2, 0), (4, 0), (8, 0), (4, 1), (4, 2)]
 
 
+def test_the_rate_is_searched_downwards(module: Any, campaign: Any, tmp_path: Path) -> None:
+    runs = drain(
+        module, campaign, "full", lambda lr, _: abs(math.log2(lr) + 2), tmp_path / "r.jsonl"
+    )
+    assert runs == [(1, 0), (2, 0), (0.5, 0), (0.25, 0), (0.125, 0), (0.25, 1), (0.25, 2)]
+
+
 def test_a_run_that_diverged_is_the_worst(module: Any, campaign: Any, tmp_path: Path) -> None:
     runs = drain(
         module, campaign, "full", lambda lr, _: None if lr > 1 else 3.0 - lr, tmp_path / "r.jsonl"

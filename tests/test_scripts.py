@@ -320,7 +320,7 @@ BAD_CONFIG = [
     (["--distributed=true", "--num_processes=2"], "coordinator, process_id: must be given, too"),
 ]
 BAD_FIT = [
-    (["--config.data.cache_dir=gs://bucket"], "data.cache_dir='gs://bucket': must be a path"),
+    (["--config.data.cache_dir=gs://bucket"], "cache_dir='gs://bucket': must be a path"),
     (["--config.mesh.data=4"], "mesh.data=4 * mesh.fsdp=1 * mesh.tensor=1"),
     (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere': no such text"),
     (

@@ -62,7 +62,11 @@ def _streamed(product_dtype: str) -> Tuned:
 
 
 def _attention(width: int) -> Tuned:
-    """Of queries and keys that are `width` wide once they are turned."""
+    """Of queries and keys that are `width` wide once they are turned.
+
+    The table has one row for all kinds up to 128: the default's, if they disagree. It has none for
+    wider ones yet.
+    """
     from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, block_sizes
 
     fields = {

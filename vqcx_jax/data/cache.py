@@ -55,4 +55,4 @@ def cache_directory(configured: str | None) -> Path:
     Raises:
         UserError: a URL.
     """
-    return local_path("data.cache_dir", configured or "~/.cache/vqcx_jax").absolute()
+    return local_path("cache_dir", configured or "~/.cache/vqcx_jax").absolute()

@@ -30,6 +30,7 @@ OVERRIDABLE = (
     "model.attention.extension",
     "model.attention.extension_factor",
     "model.attention.trained_length",
+    "model.head.implementation",
 )
 
 

@@ -16,6 +16,7 @@ from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.token_map import TokenMap
 from vqcx_jax.maps.vectors import cooccurrence_vectors
 from vqcx_jax.maps.widths import rank_for, widen_map
+from vqcx_jax.paths import local_path
 
 
 def make_map(
@@ -93,7 +94,9 @@ def _codes(head: schema.VQHead, counts: np.ndarray, seed: int) -> np.ndarray:
 def _read(head: schema.VQHead, vocab_size: int, embed_dim: int, tokenizer: str | None) -> TokenMap:
     assert head.token_map is not None
     token_map = TokenMap.load(
-        Path(head.token_map).expanduser(), vocab_size=vocab_size, tokenizer=tokenizer
+        local_path("model.head.token_map", head.token_map),
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
     )
     _check_sizes(head, token_map)
     if head.code_init == "centroids":

@@ -30,6 +30,7 @@ _MAY_DIFFER = {
     "data.dataset.path",
     "data.dataset.validation_path",
     "data.tokenizer.path",
+    "model.attention.implementation",
     "model.dtype",
     "model.head.implementation",
     "model.head.token_map",
@@ -115,6 +116,7 @@ def _with_token_map(setup: Setup) -> Setup:
     tokenizer = data.tokenizer_fingerprint(setup.tokenizer)
     sizes = [vocab_size, model.embed_dim]
     of_head = to_json(config)["model"]["head"]
+    del of_head["implementation"]
     text = [setup.corpus.fingerprint, tokenizer, {"tokens": limit}]
     made_from = [of_head, sizes, *text]
     token_map = make_map(

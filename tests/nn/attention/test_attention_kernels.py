@@ -96,13 +96,19 @@ def test_a_row_that_is_one_document(kind: str, tpu: None) -> None:
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("axis_type", ["explicit", pytest.param("auto", marks=newest_jax)])
-def test_sharded_over_rows_and_heads(axis_type: str, tpu: None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "axis_type"),
+    [
+        ("complex_learned", "explicit"),
+        pytest.param("pope_0.75_per_head_learned_ntk", "auto", marks=newest_jax),
+    ],
+)
+def test_sharded_over_rows_and_heads(kind: str, axis_type: str, tpu: None) -> None:
     """Each device has its row and its heads, and gradients of what all share are summed."""
-    expected = results(layer("complex_learned", "pallas_tpu"))
+    expected = results(layer(kind, "pallas_tpu"))
     mesh = make_mesh({"data": 2, "tensor": 2}, axis_type, jax.devices()[:4])
     with jax.set_mesh(mesh):
-        actual = results(layer("complex_learned", "pallas_tpu"), mesh)
+        actual = results(layer(kind, "pallas_tpu"), mesh)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.abs(a - b).max() <= 4e-6 * np.abs(b).max()  # Sums are taken in another order.
 

@@ -35,8 +35,8 @@ class MultiVQHead(Head):
             vectors anew in each step and stream a full softmax over them, which is what matrix
             units are good at; False: stream over codes, which is less work for wide models
             (measured on CPUs, see docs/output_layer.md). None: True, unless there is a soft-cap,
-            which vectors cannot have, or the device is a TPU, whose kernel multiplies by M K
-            codes, and they are fewer than D.
+            which vectors cannot have, or the device is a TPU, whose kernel (if `implementation`
+            lets it) multiplies by M K codes, and they are fewer than D.
         logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
             within the cap (with scales, within scale times the cap) before its bias; own tokens
             directly.

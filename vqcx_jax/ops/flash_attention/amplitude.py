@@ -21,4 +21,4 @@ def check(amplitude: Amplitude | None, delta: jax.Array | None) -> None:
     if amplitude not in (None, *get_args(Amplitude)):
         raise UserError(f"amplitude={amplitude!r}: must be None or one of {get_args(Amplitude)}")
     if amplitude is not None and delta is not None:
-        raise UserError(f"delta: must be None for amplitude={amplitude!r}, which has no phases")
+        raise UserError(f"delta: must be None for amplitude={amplitude!r}, which leaves phases out")

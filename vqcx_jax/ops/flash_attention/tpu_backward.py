@@ -219,7 +219,9 @@ def _chunk(
         interpret=settings.interpret,
     )
     return {
-        name.removeprefix("d_"): jnp.sum(x, axis=-1) if x.shape[2:] == (num_planes, LANES) else x
+        name.removeprefix("d_"): jnp.sum(x, axis=-1)
+        if name in ("d_omega", "d_delta", "d_bias")
+        else x
         for name, x in results.items()
     }
 

@@ -37,7 +37,7 @@ def attend(
             case "modulus":
                 q, k = attention.amplitude_queries_and_keys(q, k, *table, bias)
             case None:
-                delta = zeros_P + 1.0 if delta is None else delta
+                delta = jnp.ones_like(zeros_P) if delta is None else delta
                 q, k = attention.complex_queries_and_keys(q, k, *table, delta, bias)
     length = q.shape[1]
     masks = []
