@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from vqcx_jax.config.schema.types import (
     STRICT,
     BiasInit,
+    HeadImplementation,
     NonNegative,
     OpenFraction,
     Positive,
@@ -61,8 +62,8 @@ class VQHead:
     bias_init: BiasInit = "zeros"
     # Code logits go through cap * tanh(l / cap), before the token's bias. None: as they are.
     logit_soft_cap: PositiveFloat | None = None
-    # "auto": kernels, on devices that have them for what is asked; "xla": plain JAX alone.
-    implementation: Literal["auto", "xla"] = "auto"
+    # "auto": by kernels, on devices that have them for what is asked; "xla": in plain JAX alone.
+    implementation: HeadImplementation = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -85,7 +86,7 @@ class ClassVQHead:
     # As in VQHead; a class's bias starts at its tokens' share.
     bias_init: BiasInit = "counts"
     # As in VQHead.
-    implementation: Literal["auto", "xla"] = "auto"
+    implementation: HeadImplementation = "auto"
 
     @property
     def form(self) -> Literal["product"]:

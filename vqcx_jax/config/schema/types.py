@@ -14,5 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 BiasInit = Literal["zeros", "counts"]
+# Of a head's operations: kernels on devices that have them for what is asked, or plain JAX alone.
+HeadImplementation = Literal["auto", "xla"]
 MeshAxis = Literal["data", "fsdp", "tensor", "sequence"]
 MeshAxes = tuple[MeshAxis, ...]

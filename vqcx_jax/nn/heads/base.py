@@ -2,13 +2,14 @@
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.config.schema.types import HeadImplementation
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.ops import sampling
@@ -18,18 +19,16 @@ from vqcx_jax.sharding import LogicalAxes, constrain, per_device, token_mesh_axe
 
 # (hidden states (B, T, D), PRNG key) -> token ids int32 (B, T).
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
-# Of a head's operations: kernels on devices that have them, or plain JAX alone.
-Implementation = Literal["auto", "xla"]
 _Sums = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def named(implementation: Implementation) -> str | None:
+def named(implementation: HeadImplementation) -> str | None:
     """What operations are given as their `implementation`.
 
     Raises:
         UserError: neither "auto" nor "xla".
     """
-    accepted = get_args(Implementation)
+    accepted = get_args(HeadImplementation)
     if implementation not in accepted:
         raise UserError(f"implementation={implementation!r}: must be one of {accepted}")
     return None if implementation == "auto" else implementation

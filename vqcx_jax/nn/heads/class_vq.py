@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.config.schema.types import HeadImplementation
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Implementation, Sampler, named
+from vqcx_jax.nn.heads.base import Sampler, named
 from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
 from vqcx_jax.nn.layers import HIDDEN
 from vqcx_jax.nn.variables import buffer, param
@@ -42,7 +43,7 @@ class ClassVQHead(NormalizedHead):
         *,
         token_bias: bool = True,
         token_scale: bool = False,
-        implementation: Implementation = "auto",
+        implementation: HeadImplementation = "auto",
         codebooks: jax.Array | None = None,
         scale: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.config.schema.types import HeadImplementation
 from vqcx_jax.errors import UserError
-from vqcx_jax.nn.heads.base import Head, Implementation, Sampler, named
+from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
@@ -60,7 +61,7 @@ class MultiVQHead(Head):
         token_scale: bool = False,
         expand_vectors: bool | None = None,
         logit_soft_cap: float | None = None,
-        implementation: Implementation = "auto",
+        implementation: HeadImplementation = "auto",
         codebooks: jax.Array | None = None,
         scale: jax.Array | None = None,
         own_vectors: jax.Array | None = None,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
-from vqcx_jax.nn.heads.base import Head, Implementation, Sampler, named
+from vqcx_jax.config.schema.types import HeadImplementation
+from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, sampling, soft_cap
@@ -37,7 +38,7 @@ class VQHead(Head):
         *,
         token_bias: bool = True,
         logit_soft_cap: float | None = None,
-        implementation: Implementation = "auto",
+        implementation: HeadImplementation = "auto",
         codes: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,
         rules: ShardingRules | None = None,

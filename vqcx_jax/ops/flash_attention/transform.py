@@ -106,7 +106,7 @@ def _amplitude(x: jax.Array, kind: Amplitude) -> jax.Array:
     """Float32 (P, n) from (d, n)."""
     if kind == "modulus":
         return smooth_amplitude(_halves(x))
-    # `jax.nn.softplus` has branches for infinities and NaN that a kernel need not compile.
+    # `jax.nn.softplus` without its selection for infinite x.
     return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
