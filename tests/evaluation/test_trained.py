@@ -110,6 +110,7 @@ def test_overrides_are_as_if_trained_with_them(
         "model__attention__extension": "yarn",
         "model__attention__extension_factor": "2.5",
         "model__attention__trained_length": "16",
+        "model__head__implementation": "xla",
     }
     save_checkpoint(tiny_config(tmp_path, **overrides), tmp_path / "run")
     expected = TrainedModel.load(tmp_path / "run")
