@@ -54,8 +54,9 @@ def report(result: TrainResult, config: Config, workdir: Path) -> None:
     if result.stopped_by:
         print("stopped by a signal; the same command goes on from here")
         return
-    assert result.validation is not None
-    print(f"validation perplexity {result.validation.perplexity:.2f} per token")
+    loss = result.validation
+    assert loss is not None
+    print(f"validation perplexity {loss.perplexity:.2f} per token ({loss.tokens:,} tokens)")
     prompt = config.train.sample_prompt
     if result.sample:
         print(f"sample:\n{prompt}{result.sample}\n")
