@@ -146,9 +146,13 @@ def test_float32(name: str, in_float64: Any, max_error: Any) -> None:
 
 
 @newest_jax
-def test_bfloat16(in_float64: Any, max_error: Any) -> None:
-    """At most twice the error of the plain computation."""
-    case = CASES["ragged"]
+@pytest.mark.parametrize("chip", ["TPU v6 lite", "TPU v5p"])
+def test_bfloat16(
+    chip: str, in_float64: Any, max_error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most twice the error of the plain computation, with one core and with two."""
+    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", chip))
+    case = CASES["ragged"]._replace(leading=(5, 25))  # Four blocks.
     x = make(case, jnp.bfloat16)
     values, gradients = jax.jit(values_and_gradients(kernel(case)))(x)
     true_values, true = in_float64(values_and_gradients(summed(log_z_of_cells, case)), x)

@@ -68,10 +68,16 @@ def test_float32(case: Case, in_float64: Any, max_error: Any) -> None:
 
 
 @newest_jax
-@pytest.mark.parametrize("name", ["several_steps", "capped"])
-def test_bfloat16(name: str, in_float64: Any, max_error: Any) -> None:
-    """At most twice the error of the plain computation."""
-    case = CASES[name]
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [("several_steps", "TPU v6 lite"), ("several_steps", "TPU v5p"), ("capped", "TPU v6 lite")],
+)
+def test_bfloat16(
+    name: str, chip: str, in_float64: Any, max_error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most twice the error of the plain computation, with one core and with two."""
+    monkeypatch.setattr(device, "current", lambda: device.Device("tpu", chip))
+    case = CASES[name]._replace(leading=(5, 25))  # Four blocks.
     x = make(case, jnp.bfloat16)
     values, gradients = jax.jit(values_and_gradients(kernel(case)))(x)
     exact = partial(sums(definition), cap=case.cap)

@@ -36,6 +36,11 @@ _BLOCK = 8
 _Residuals = tuple[jax.Array, ...]
 
 
+def cells(assignment: jax.Array, num_codes: tuple[int, int]) -> jax.Array:
+    """Of each token, i K2 + j: int (V,). Arguments as in `cell_log_mass`."""
+    return assignment[:, 0] * num_codes[1] + assignment[:, 1]
+
+
 def cell_log_mass(
     assignment: jax.Array, num_codes: tuple[int, int], bias: jax.Array | None = None
 ) -> jax.Array:
@@ -48,8 +53,8 @@ def cell_log_mass(
     Returns:
         float32 num_codes.
     """
-    cells = assignment[:, 0] * num_codes[1] + assignment[:, 1]
-    return code_log_mass(cells, num_codes[0] * num_codes[1], bias).reshape(num_codes)
+    cells_V = cells(assignment, num_codes)
+    return code_log_mass(cells_V, num_codes[0] * num_codes[1], bias).reshape(num_codes)
 
 
 def log_z(code_logits: multi.CodeLogits, log_mass: jax.Array) -> jax.Array:

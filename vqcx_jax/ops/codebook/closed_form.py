@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.gather import take
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax import resident
@@ -45,7 +46,7 @@ def code_log_mass(
     # Subtracting each code's own maximum keeps exp() in range; it is a constant for the gradient.
     peak = jax.lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_codes))
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    mass = jax.ops.segment_sum(jnp.exp(bias - peak[assignment]), assignment, num_codes)
+    mass = jax.ops.segment_sum(jnp.exp(bias - take(peak, assignment)), assignment, num_codes)
     occupied = mass > 0
     return jnp.where(occupied, jnp.log(jnp.where(occupied, mass, 1.0)) + peak, -jnp.inf)
 
@@ -78,10 +79,10 @@ def nll(
     l = soft_cap(code_logits(h, codes), cap)
     log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
-    is_target = jnp.arange(num_codes) == assignment[targets][..., None]
+    is_target = jnp.arange(num_codes) == take(assignment, targets)[..., None]
     target_logit = jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
     if bias is not None:
-        target_logit = target_logit + bias.astype(jnp.float32)[targets]
+        target_logit = target_logit + take(bias.astype(jnp.float32), targets)
     return log_z - target_logit, log_z
 
 
@@ -116,7 +117,7 @@ def summed_nll(
     """
     check_per_token("bias", bias, assignment.shape[0])
     log_mass_K = code_log_mass(assignment, codes.shape[0], bias)
-    target_codes = assignment[targets]
+    target_codes = take(assignment, targets)
     loss, nll = resident.summed_nll(
         h,
         codes,
@@ -127,9 +128,9 @@ def summed_nll(
         cap=cap,
         implementation=implementation,
     )
-    of_tokens = log_mass_K[target_codes]
+    of_tokens = take(log_mass_K, target_codes)
     if bias is not None:
-        of_tokens = of_tokens - bias.astype(jnp.float32)[targets]
+        of_tokens = of_tokens - take(bias.astype(jnp.float32), targets)
     total = jnp.sum(of_tokens, where=counts)
     return loss + total, nll + jax.lax.stop_gradient(total)
 

@@ -3,7 +3,7 @@
 As in `softmax.resident.tpu`, code vectors and the float32 gradient by them stay in vector memory
 for the whole of a group of positions, hidden states are read once and their gradients written once.
 So do the mass of the cells, B of `bilinear`, and the gradient by it. The codes of both codebooks
-stand side by side, each codebook padded to whole registers.
+are put side by side there, each codebook padded to whole registers.
 
 Where Z underflows, see `bilinear`, the kernel says so, and the batch is computed again without it.
 """
@@ -114,7 +114,9 @@ def _tile(inputs: _Inputs, form: Form) -> Tile:
     limit = vmem_limit(device.current().kind)
     # A float32 product is one of bfloat16 parts, and those of what is resident are kept.
     of_parts = 3 * 2
-    resident = (first + second) * width * (itemsize + 4 + (of_parts if itemsize == 4 else 0))
+    # Codes are there as they come, too.
+    resident = (first + second) * width * (2 * itemsize + 4)
+    resident += (first + second) * width * (of_parts if itemsize == 4 else 0)
     resident += first * second * (4 + 4 + of_parts)
     for positions, row_block in TILES:
         # h and its gradient, in two buffers each.
@@ -200,12 +202,7 @@ def _by_kernel(
     h_NxD = jnp.pad(h_NxSxW, (to_positions, (0, 0), to_width)).reshape(
         -1, num_slices * padded_width
     )
-    weights_RxW = jnp.concatenate(
-        [
-            jnp.pad(codes, ((0, padded - len(codes)), to_width))
-            for codes, padded in zip(inputs.codebooks, num_codes, strict=True)
-        ]
-    )
+    codebooks = tuple(jnp.pad(codes, ((0, 0), to_width)) for codes in inputs.codebooks)
     to_cells = (0, first - sizes[0]), (0, second - sizes[1])
     peak = jnp.max(inputs.log_mass)
     mass_IxJ = jnp.exp(inputs.log_mass - peak)
@@ -226,7 +223,7 @@ def _by_kernel(
     d_h_NxD, d_weights_RxW, d_mass_IxJ, sums = _call(
         kernel,
         h_NxD,
-        weights_RxW,
+        codebooks,
         varying_like(jnp.asarray(mask_1xR), h_NxD),
         jnp.pad(mass_IxJ, to_cells),
         target_8xN,
@@ -265,7 +262,7 @@ def _parts(form: Form, first: int, width: int) -> tuple[_Part, ...]:
 def _call(
     kernel: _Kernel,
     h_NxD: jax.Array,
-    weights_RxW: jax.Array,
+    codebooks: tuple[jax.Array, ...],
     mask_1xR: jax.Array,
     mass_IxJ: jax.Array,
     target_8xN: jax.Array,
@@ -275,12 +272,12 @@ def _call(
     """Gradients by h, codes and mass, and (128,): nll, log(Z)^2, and how many Z are too low.
 
     Args:
-        mask_1xR: 0 for codes, -inf for padding. target_8xN: first and second row of the weights, -1
-            where none counts.
+        codebooks: (K1, W) and (K2, W). mask_1xR: 0 for codes, -inf for padding.
+        target_8xN: first and second row of the weights, -1 where none counts.
         scalars_1x2: z_loss, and the log of the mass that is 1 here.
     """
     num_positions, dim = h_NxD.shape
-    num_rows, width = weights_RxW.shape
+    num_rows, width = mask_1xR.shape[1], codebooks[0].shape[1]
     p = kernel.tile.positions
     groups = Groups.of(num_positions, p)
 
@@ -292,7 +289,7 @@ def _call(
         grid=(groups.number, groups.num_blocks),
         in_specs=[
             groups.block(dim),
-            groups.whole(num_rows, width),
+            *(groups.whole(*codes.shape) for codes in codebooks),
             groups.whole(1, num_rows),
             groups.whole(*kernel.num_codes),
             groups.block_of_columns(8),
@@ -310,11 +307,14 @@ def _call(
             out(groups.number, *kernel.num_codes),
             out(groups.number, 1, LANES),
         ],
-        scratch_shapes=[pltpu.VMEM((num_rows, p), h_NxD.dtype)],
+        scratch_shapes=[
+            pltpu.VMEM((num_rows, p), h_NxD.dtype),
+            pltpu.VMEM((num_rows, width), h_NxD.dtype),
+        ],
         compiler_params=compiler_params(),
         interpret=interpret,
         name="vqcx_two_codebooks",
-    )(h_NxD, weights_RxW, mask_1xR, mass_IxJ, target_8xN, scalars_1x2)
+    )(h_NxD, *codebooks, mask_1xR, mass_IxJ, target_8xN, scalars_1x2)
     d_weights_RxW, d_mass_IxJ, sums_1xL = (sum(x[1:], start=x[0]) for x in of_groups)
     return d_h_NxD, d_weights_RxW, d_mass_IxJ, sums_1xL[0]
 
@@ -322,7 +322,8 @@ def _call(
 def _kernel(
     kernel: _Kernel,
     h_ref: Any,
-    weights_ref: Any,
+    first_ref: Any,
+    second_ref: Any,
     mask_ref: Any,
     mass_ref: Any,
     target_ref: Any,
@@ -332,8 +333,9 @@ def _kernel(
     d_mass_ref: Any,
     sums_ref: Any,
     d_z_ref: Any,
+    weights_ref: Any,
 ) -> None:
-    """See `_call`. d_z_ref: gradients by products of weights and h, (R, P)."""
+    """See `_call`. d_z_ref: gradients by products of weights and h, (R, P). weights_ref: (R, W)."""
     positions, row_block, columns = kernel.tile
     first = kernel.num_codes[0]
     dtype, width = h_ref.dtype, weights_ref.shape[1]
@@ -342,6 +344,12 @@ def _kernel(
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
+        for start, codes_ref in (0, first_ref), (first, second_ref):
+            end = start + len(codes_ref)
+            weights_ref[start:end] = codes_ref[...]
+            padding = up(end, LANES) - end
+            if padding:
+                weights_ref[end : end + padding] = jnp.zeros((padding, width), dtype)
         d_weights_ref[...] = jnp.zeros_like(d_weights_ref)
         d_mass_ref[...] = jnp.zeros_like(d_mass_ref)
         sums_ref[...] = jnp.zeros_like(sums_ref)
