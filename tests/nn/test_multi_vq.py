@@ -129,7 +129,7 @@ def test_nll_and_top_k_are_those_of_the_logits(
     log_p = scipy.special.log_softmax(np.float64(z), axis=-1)
     expected = -np.take_along_axis(log_p, np.asarray(targets)[..., None], axis=-1)[..., 0]
     # Expanded vectors are rounded to bfloat16 once more: 2^-8 of products up to about 10.
-    atol = 0.04 if head.expands and dtype == jnp.bfloat16 else 2e-6
+    atol = 0.04 if head.expands() and dtype == jnp.bfloat16 else 2e-6
     chex.assert_trees_all_close(np.float64(nll), expected, rtol=1e-5, atol=atol)
     chex.assert_trees_all_close(log_z, jax.nn.logsumexp(z, axis=-1), rtol=1e-5, atol=atol)
     np.testing.assert_array_equal(tokens, jax.lax.top_k(z, 5)[1])
@@ -222,7 +222,7 @@ def test_expanded_vectors_have_the_gradients_of_codes(h: jax.Array, targets: jax
 
     def loss_and_gradients(expand: bool) -> Any:
         head = make_head("two product, scale, own vectors", expand_vectors=expand)
-        assert head.expands == expand
+        assert head.expands() == expand
         graphdef, params, buffers = functional.split(head)
 
         def loss(params: Any, h: jax.Array) -> jax.Array:
@@ -232,6 +232,32 @@ def test_expanded_vectors_have_the_gradients_of_codes(h: jax.Array, targets: jax
 
     expanded, codes = loss_and_gradients(True), loss_and_gradients(False)
     chex.assert_trees_all_close(expanded, codes, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dim", "expected"),
+    [
+        ("cpu", 24, False),
+        ("cpu", 23, True),
+        ("gpu", 3 * K + 1, True),
+        ("tpu", 3 * K + 1, False),
+        ("tpu", 3 * K, True),
+    ],
+)
+def test_whether_vectors_are_expanded_suits_the_device(
+    platform: str, dim: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "current", lambda: device.Device(platform, platform))
+    assignment = jnp.zeros((V, 3), jnp.int32)
+
+    def expands(**options: Any) -> bool:
+        return MultiVQHead(assignment, K, dim, rngs=nnx.Rngs(0), **options).expands()
+
+    assert expands() == expected
+    assert expands(expand_vectors=True)
+    assert not expands(logit_soft_cap=1.0)
+    # A TPU's kernel is for those that do not ask for plain JAX.
+    assert expands(implementation="xla") == (expected or platform == "tpu")
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ class VQHead:
     token_scale: bool = False
     # How the loss is computed with more than two codebooks or with scales, see `MultiVQHead`:
     # from token vectors that are built in every step (True), or from codes (False).
-    # None: from vectors, unless there is a soft-cap.
+    # None: as suits the device.
     expand_vectors: bool | None = None
     # Learn the map: every token chooses, in each codebook, among so many codes nearest to the one
     # that it starts with. None: codes stay what they are.

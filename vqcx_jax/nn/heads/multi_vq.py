@@ -34,10 +34,10 @@ class MultiVQHead(Head):
         token_scale: train a factor for each token. (M = 2 does not close with it.)
         expand_vectors: where the loss has no closed form (M > 2 or scales), build all V token
             vectors anew in each step and stream a full softmax over them, which is what matrix
-            units are good at; False: stream over codes, which is less work for wide models
-            (measured on CPUs, see docs/output_layer.md). None: True, unless there is a soft-cap,
-            which vectors cannot have, or the device is a TPU, whose kernel (if `implementation`
-            lets it) multiplies by M K codes, and they are fewer than D.
+            units are good at; False: stream over codes, which is less work for wide models. None:
+            True, unless there is a soft-cap, which vectors cannot have; the device is a TPU, whose
+            kernel (if `implementation` lets it) multiplies by M K codes, and they are fewer than D;
+            or it is a CPU, and 8 M is at most D (measured, see docs/output_layer.md).
         logit_soft_cap: caps the code logits of each codebook to cap / M, so that a token's logit is
             within the cap (with scales, within scale times the cap) before its bias; own tokens
             directly.
@@ -98,8 +98,8 @@ class MultiVQHead(Head):
             scale = jnp.ones((vocab_size,), jnp.float32) if scale is None else scale
             self.scale = param(scale, (None,), decay=False)
         self.closes = num_codebooks <= 2 and not token_scale
-        self.expands = not self.closes and expand_vectors is not False and logit_soft_cap is None
-        self.may_stream = expand_vectors is None and num_codebooks * num_codes < dim
+        may_expand = not self.closes and logit_soft_cap is None
+        self.expand_vectors = expand_vectors if may_expand else False
         self.sums_pairs = self.closes and num_codebooks == 2 and own_tokens is None
         self.form: Form = form
         self.has_own = own_tokens is not None
@@ -118,7 +118,7 @@ class MultiVQHead(Head):
             h_BxTxD: jax.Array, tokens_BxT: jax.Array, arrays: dict[str, Any]
         ) -> tuple[jax.Array, jax.Array]:
             bias, scale = arrays.get("bias"), arrays.get("scale")
-            if self._expands_here():
+            if self.expands():
                 weights_VxD = self._vectors(arrays)
                 return softmax.streamed_nll(h_BxTxD, weights_VxD, tokens_BxT, bias)
             code_logits, own = self._code_logits(h_BxTxD, arrays)
@@ -264,9 +264,17 @@ class MultiVQHead(Head):
             arrays["scale"] = self.scale[...]
         return arrays
 
-    def _expands_here(self) -> bool:
-        has_kernel = device.current().platform == "tpu" and self.named is None
-        return self.expands and not (self.may_stream and has_kernel)
+    def expands(self) -> bool:
+        """Whether the loss goes by the vectors of all tokens, see `expand_vectors`."""
+        if self.expand_vectors is not None:
+            return self.expand_vectors
+        num_codebooks, num_codes, width = self.codebooks.shape
+        dim = num_codebooks * width if self.form == "product" else width
+        platform = device.current().platform
+        if platform == "cpu":
+            return dim < 8 * num_codebooks
+        has_kernel = platform == "tpu" and self.named is None
+        return not (has_kernel and num_codebooks * num_codes < dim)
 
     def _vectors(self, arrays: dict[str, Any]) -> jax.Array:
         """The vectors of all tokens, (V, D)."""
