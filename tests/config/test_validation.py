@@ -149,6 +149,16 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             ["model.head.reassign_every=9: must be None with model.head.learned_candidates=4"],
         ),
         (
+            {"model.head.reassign_decay": "0.5"},
+            None,
+            ["model.head.reassign_decay=0.5: needs model.head.reassign_every"],
+        ),
+        (
+            {"model.head.gumbel": "false"},
+            None,
+            ["model.head.gumbel=False: needs model.head.learned_candidates"],
+        ),
+        (
             {"model.head.assignment": "file"},
             None,
             ["model.head.token_map=None: must be a file of `python -m vqcx_jax.maps`"],

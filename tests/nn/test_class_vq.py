@@ -124,5 +124,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ClassVQHead(tokens, CODES[:V], K, D, rngs=rngs)
     with pytest.raises(UserError, match="dim=7: must be a multiple of the 2 codebooks"):
         ClassVQHead(tokens, CODES, K, 7, rngs=rngs)
-    with pytest.raises(UserError, match="4"):
+    with pytest.raises(UserError, match="assignment holds code 4; codes must be in 0 .. 3"):
         ClassVQHead(tokens, CODES, K - 1, D, rngs=rngs)
+    with pytest.raises(UserError, match="num_codes=25: must be at most the 24 tokens"):
+        ClassVQHead(tokens, CODES, 25, D, rngs=rngs)
+    with pytest.raises(UserError, match=r"scale has shape \(24,\); it must be \(28,\)"):
+        ClassVQHead(tokens, CODES, K, D, token_scale=True, scale=jnp.ones(V), rngs=rngs)
+    with pytest.raises(UserError, match="token_scale=False has none"):
+        ClassVQHead(tokens, CODES, K, D, scale=jnp.ones(V + C), rngs=rngs)

@@ -1,7 +1,7 @@
 """Every head offers the same functions, and they agree with its logits."""
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import chex
@@ -461,3 +461,59 @@ def test_codes_to_start_from() -> None:
     codes = jnp.arange(40.0).reshape(5, 8)
     head = VQHead(ASSIGNMENT, 5, 8, codes=codes, rngs=nnx.Rngs(0))
     chex.assert_trees_all_equal(head.codes[...], codes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
+    head = make_head(kind, True)
+    tokens = jnp.arange(h.shape[0] * h.shape[1] * 3).reshape(*h.shape[:2], 3) % 11
+    log_p = scipy.special.log_softmax(np.float64(head.logits(h)), axis=-1)
+    expected = np.take_along_axis(log_p, np.asarray(tokens), axis=-1)
+    actual = jax.jit(lambda head, h: head.log_probs(h, tokens))(head, h)
+    chex.assert_trees_all_close(np.float64(actual), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+def test_labels_of_narrow_integers(dtype: Any) -> None:
+    """156 of uint8 is no -100, and a vocabulary may have more tokens than a dtype has values."""
+    head = new_head("full", 70_000)
+    h = jnp.ones((1, 2, 8))
+    labels = np.array([[3, 100]], dtype) if dtype == np.int8 else np.array([[3, 156]], dtype)
+    expected = jax.jit(head.nll)(h, jnp.asarray(labels, jnp.int32))
+    for nll in (head.nll, jax.jit(head.nll)):
+        chex.assert_trees_all_equal(nll(h, jnp.asarray(labels)), expected)
+
+
+def test_labels_are_integers(h: jax.Array) -> None:
+    with pytest.raises(UserError, match="labels have dtype float32; they must be integers"):
+        new_head("full").nll(h, jnp.zeros(h.shape[:2]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(VQHead, jnp.full(9, 4), 4, 8), "assignment holds code 4; codes must be in 0 .. 3"),
+        (partial(VQHead, jnp.zeros(3, int), 4, 8), "num_codes=4: must be at most the 3 tokens"),
+        (partial(VQHead, jnp.zeros((9, 1), int), 4, 8), r"assignment has shape \(9, 1\)"),
+        (
+            partial(VQHead, jnp.zeros(9, int), 4, 8, codes=jnp.zeros((2, 8))),
+            r"codes has shape \(2, 8\); it must be \(4, 8\)",
+        ),
+        (
+            partial(FullHead, 9, 8, weights=jnp.zeros((8, 8))),
+            r"weights has shape \(8, 8\); it must be \(9, 8\)",
+        ),
+        (
+            partial(FullHead, 9, 8, implementation="xla"),
+            r"implementation='xla': must be one of \('plain', 'streamed'\)",
+        ),
+        (
+            partial(HuffmanHead, jnp.full((3, 2), 9), 8),
+            "paths hold step 9; steps must be in 0 .. 4",
+        ),
+        (partial(HuffmanHead, jnp.zeros(3, int), 8), r"paths have shape \(3,\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(rngs=nnx.Rngs(0))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqcx_jax.nn import Transformer, functional
-from vqcx_jax.nn.loss import summed_nll
+from vqcx_jax.nn.loss import nll_by_position, summed_nll
+from vqcx_jax.ops.labels import IGNORE_ID
 
 
 def test_sums_over_tokens(
@@ -35,3 +36,17 @@ def test_sums_over_tokens(
         for name, x in batch.items()
     }
     chex.assert_trees_all_equal(loss(*parts, other, 0.25), (total, (nll, tokens)))
+
+
+def test_ignored_labels_are_no_tokens(
+    make_model: Callable[..., Transformer], batch: dict[str, jax.Array]
+) -> None:
+    parts = functional.split(make_model())
+    is_ignored = jnp.arange(batch["targets"].shape[1]) % 3 == 1
+    is_token = np.asarray((batch["segment_ids"] != 0) & ~is_ignored)
+    batch = batch | {"targets": jnp.where(is_ignored, IGNORE_ID, batch["targets"])}
+    _, (nll, tokens) = jax.jit(summed_nll, static_argnums=0)(*parts, batch)
+    assert 0 < tokens == is_token.sum() < np.sum(np.asarray(batch["segment_ids"]) != 0)
+    by_position = jax.jit(nll_by_position, static_argnums=0)(*parts, batch, jnp.asarray([2]))
+    chex.assert_trees_all_close(by_position[0].sum(), nll, rtol=1e-5)
+    assert by_position[1].sum() == tokens

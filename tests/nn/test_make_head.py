@@ -145,10 +145,43 @@ def test_the_classes_are_taken() -> None:
 def test_a_map_without_classes_is_refused() -> None:
     config = make_config(CASES["classes"][0])
     token_map = dataclasses.replace(map_of(config.model.head), classes=None)
-    with pytest.raises(
-        DataError, match="^token_map: has no classes, which model.head.kind='class_"
-    ):
+    with pytest.raises(DataError, match="^model.head.num_classes=10: token_map has no classes$"):
         build_model(config, token_map, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("head", "token_map", "message"),
+    [
+        (
+            schema.FullHead(),
+            own_map(15),
+            f"token_map: is for 15 tokens, must be for model.vocab_size={V}",
+        ),
+        (
+            schema.VQHead(num_codes=5),
+            map_of(schema.VQHead(num_codes=3)),
+            "model.head.num_codes=5: token_map has 3",
+        ),
+        (
+            schema.VQHead(num_codes=5),
+            map_of(schema.VQHead(num_codes=5, num_codebooks=2, assignment="random")),
+            "model.head.num_codebooks=1: token_map has 2",
+        ),
+        (
+            schema.VQHead(num_codes=5),
+            map_of(schema.VQHead(num_codes=5, num_own_tokens=2)),
+            "model.head.num_own_tokens=0: token_map has 2",
+        ),
+        (
+            schema.FullHead(token_bias=False),
+            dataclasses.replace(own_map(V), bias=np.zeros(V, np.float32)),
+            "token_map: has biases to start from, which this head has not",
+        ),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(head: Any, token_map: TokenMap, message: str) -> None:
+    with pytest.raises(DataError, match=f"^{message}$"):
+        build_model(make_config(head), token_map, jax.random.key(0))
 
 
 BIASED = {

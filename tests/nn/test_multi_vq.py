@@ -369,6 +369,37 @@ def test_values_to_start_from() -> None:
             {"expand_vectors": True, "logit_soft_cap": 2.0},
             r"expand_vectors=True: must be False or None with logit_soft_cap=2.0",
         ),
+        (np.zeros(V, int), {}, r"assignment has shape \(24,\); it must be \(V, M\)"),
+        (np.zeros((V, 2), int), {"expand_vectors": True}, "whose loss has a closed form"),
+        (np.zeros((V, 2), int), {"form": "prodcut"}, "form='prodcut': must be one of"),
+        (np.zeros((V, 2), int), {"scale": np.ones(V)}, "token_scale=False has none"),
+        (np.zeros((V, 2), int), {"own_vectors": np.ones((1, D))}, "own_tokens=None has none"),
+        (
+            np.zeros((V, 2), int),
+            {"scale": np.ones(V - 1), "token_scale": True},
+            r"scale has shape \(23,\); it must have one value a token, \(24,\)",
+        ),
+        (
+            np.zeros((V, 2), int),
+            {"codebooks": np.ones((2, 2, D))},
+            r"codebooks has shape \(2, 2, 8\); it must be \(2, 4, 8\)",
+        ),
+        (np.zeros((V, 2), int), {"own_tokens": np.array([V])}, "own_tokens hold 24; they must be"),
+        (
+            np.zeros((V, 2), int),
+            {"own_tokens": np.array([1, 1])},
+            "own_tokens hold 1; they must be",
+        ),
+        (
+            np.zeros((V, 2), int),
+            {"own_tokens": np.arange(V)},
+            "own_tokens are 24; they must be few",
+        ),
+        (
+            np.zeros((V, 2), int),
+            {"own_tokens": np.arange(3), "own_vectors": np.ones((2, D))},
+            r"own_vectors has shape \(2, 8\); it must be \(3, 8\)",
+        ),
     ],
 )
 def test_bad_input(assignment: Any, options: Any, message: str) -> None:

@@ -234,6 +234,10 @@ def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path:
         ({"data__dataset__text_field": "body"}, "data.dataset.text_field='body'"),
         ({"data__tokenizer__kind": "bpe"}, "data.tokenizer.vocab_size=4096"),
         (
+            {"model__vocab_size": "100"},
+            "model.vocab_size=100: must be at least the 257 tokens of the tokenizer",
+        ),
+        (
             {"model__head__assignment": "file", "model__head__token_map": "none.npz"},
             "token map 'none.npz': not a readable .npz file",
         ),

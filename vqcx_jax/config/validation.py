@@ -187,6 +187,16 @@ def _check_codes(head: VQHead, vocab_size: int | None) -> None:
         )
 
 
+def check_vocab_size(model: Model, of_tokenizer: int) -> None:
+    """Raises ConfigError if a vocabulary is given that has not room for a tokenizer's."""
+    if model.vocab_size is not None and model.vocab_size < of_tokenizer:
+        _fail(
+            "model.vocab_size",
+            model.vocab_size,
+            f"must be at least the {of_tokenizer} tokens of the tokenizer",
+        )
+
+
 def _check_form(head: VQHead, embed_dim: int) -> None:
     if head.form == "product" and embed_dim % head.num_codebooks:
         _fail(
@@ -218,7 +228,11 @@ def _check_form(head: VQHead, embed_dim: int) -> None:
 
 
 def _check_learned(head: VQHead) -> None:
+    if head.reassign_every is None and head.reassign_decay != VQHead.reassign_decay:
+        _fail("model.head.reassign_decay", head.reassign_decay, "needs model.head.reassign_every")
     if head.learned_candidates is None:
+        if not head.gumbel:
+            _fail("model.head.gumbel", False, "needs model.head.learned_candidates")
         return
     name = "model.head.learned_candidates"
     if head.learned_candidates > head.num_codes:

@@ -14,7 +14,7 @@ import numpy as np
 
 import vqcx_jax
 from vqcx_jax import cli, data
-from vqcx_jax.config import apply_overrides, load_config, schema, validate
+from vqcx_jax.config import apply_overrides, check_vocab_size, load_config, schema, validate
 from vqcx_jax.config.schema.types import NonNegative, NonNegativeFloat, Positive
 from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.errors import UserError
@@ -127,6 +127,7 @@ def _make(flags: Flags, config_path: str, overrides: list[tuple[str, str]]) -> N
     corpus = data.open_corpus(config.data.dataset, cache_dir)
     tokenizer = data.build_tokenizer(config.data.tokenizer, corpus, cache_dir)
     limit = config.data.count_tokens
+    check_vocab_size(config.model, tokenizer.vocab_size)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     counts = data.cached_token_counts(tokenizer, corpus, cache_dir, limit, vocab_size=vocab_size)
     vectors = _vectors(flags, config, corpus, tokenizer, vocab_size)

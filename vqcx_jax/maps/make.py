@@ -49,7 +49,7 @@ def make_map(
     if isinstance(head, schema.ClassVQHead):
         if head.assignment == "file":
             token_map = _read(head.codes(), vocab_size, embed_dim, tokenizer)
-            _check_classes(head, token_map)
+            check_classes(head, token_map, f"the map {head.token_map!r}")
             return token_map
         num_classes, num_frequent, _ = head.sizes(vocab_size)
         head = head.codes()
@@ -98,7 +98,7 @@ def _read(head: schema.VQHead, vocab_size: int, embed_dim: int, tokenizer: str |
         vocab_size=vocab_size,
         tokenizer=tokenizer,
     )
-    _check_sizes(head, token_map)
+    check_sizes(head, token_map, f"the map {head.token_map!r}")
     if head.code_init == "centroids":
         _check_start(head, token_map, embed_dim)
     return _started(head, token_map)
@@ -170,22 +170,24 @@ def _started(head: schema.VQHead, token_map: TokenMap) -> TokenMap:
     )
 
 
-def _check_sizes(head: schema.VQHead, token_map: TokenMap) -> None:
+def check_sizes(head: schema.VQHead, token_map: TokenMap, name: str) -> None:
+    """Raises DataError, which calls the map by name, unless it has the codes of the head."""
     sizes = {
         "num_codebooks": (head.num_codebooks, token_map.num_codebooks),
         "num_codes": ((head.num_codes,) * head.num_codebooks, token_map.num_codes),
         "num_own_tokens": (head.num_own_tokens, len(token_map.own_tokens)),
     }
-    for name, (wanted, found) in sizes.items():
+    for option, (wanted, found) in sizes.items():
         if wanted != found:
-            value = getattr(head, name)
+            value = getattr(head, option)
             accepted = found[0] if isinstance(found, tuple) and len(set(found)) == 1 else found
-            raise DataError(f"model.head.{name}={value}: the map {head.token_map!r} has {accepted}")
+            raise DataError(f"model.head.{option}={value}: {name} has {accepted}")
 
 
-def _check_classes(head: schema.ClassVQHead, token_map: TokenMap) -> None:
+def check_classes(head: schema.ClassVQHead, token_map: TokenMap, name: str) -> None:
+    """Raises DataError, which calls the map by name, unless it has the classes of the head."""
     num_classes, num_frequent, num_ranks = head.sizes(token_map.vocab_size)
-    classes = f"model.head.num_classes={num_classes}: the map {head.token_map!r}"
+    classes = f"model.head.num_classes={num_classes}: {name}"
     if token_map.classes is None:
         raise DataError(f"{classes} has no classes")
     found = len(token_map.classes.codes)
@@ -193,9 +195,7 @@ def _check_classes(head: schema.ClassVQHead, token_map: TokenMap) -> None:
         raise DataError(f"{classes} has {found}")
     frequent, *sizes = np.bincount(token_map.classes.of_token + 1)
     if frequent != num_frequent:
-        raise DataError(
-            f"model.head.num_frequent={num_frequent}: the map {head.token_map!r} has {frequent}"
-        )
+        raise DataError(f"model.head.num_frequent={num_frequent}: {name} has {frequent}")
     if max(sizes) > num_ranks:
         raise DataError(f"{classes} has one of {max(sizes)} tokens; must be at most {num_ranks}")
 

@@ -56,9 +56,9 @@ def describe(
             f"classes  {num_classes:,} of at most {sizes[1:].max():,} tokens, beside "
             f"{sizes[0]:,} frequent ones"
         )
-    if not scalars:
-        floor = perplexity_floor(token_map, counts)
-        lines.append(f"floor    tokens with equal codes are tied: perplexity x {floor:.3f}")
+    floor = perplexity_floor(token_map, counts)
+    tied = "would be tied without biases and scales" if scalars else "are tied"
+    lines.append(f"floor    tokens with equal codes {tied}: perplexity x {floor:.3f}")
     return "\n".join(lines)
 
 

@@ -40,8 +40,13 @@ def check_labels(labels: jax.Array, vocab_size: int) -> Labels:
         labels: int (...).
 
     Raises:
-        UserError: a label is neither in [0, vocab_size) nor IGNORE_ID (outside of jit).
+        UserError: labels are no integers; or a label is neither in [0, vocab_size) nor IGNORE_ID
+            (outside of jit).
     """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise UserError(f"labels have dtype {labels.dtype}; they must be integers")
+    # Narrow ones would wrap what they are compared with.
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     is_ignored = labels == IGNORE_ID
     is_invalid = ((labels < 0) | (labels >= vocab_size)) & ~is_ignored
     accepted = f"labels must be in 0 .. {vocab_size - 1}, or {IGNORE_ID} to be ignored"

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from vqcx_jax import data
 from vqcx_jax.checkpoint import check_architecture, load_run
-from vqcx_jax.config import from_json, schema, to_json, validate
+from vqcx_jax.config import check_vocab_size, from_json, schema, to_json, validate
 from vqcx_jax.data import Corpus, Tokenizer
 from vqcx_jax.data.cache import content_key
 from vqcx_jax.errors import CheckpointError
@@ -158,6 +158,7 @@ def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:
     if config.model.vocab_size is None:
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         config = dataclasses.replace(config, model=model)
+    check_vocab_size(config.model, tokenizer.vocab_size)
     return validate(config, jax.device_count())
 
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 from versions import oldest_jax
 
+from vqcx_jax.errors import UserError
 from vqcx_jax.ops import codebook
 from vqcx_jax.ops.codebook import reference
 
@@ -220,3 +221,25 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from _equations(inner)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": jnp.asarray([1000])}, "targets hold 1000: must be in 0 .. 999"),
+        ({"targets": jnp.asarray([-100])}, "targets hold -100: must be in 0 .. 999"),
+        ({"targets": jnp.asarray([1.0])}, "targets have dtype float32; they must be integers"),
+        ({"assignment": jnp.full(1000, 8)}, "assignment holds code 8; codes must be in 0 .. 7"),
+        ({"assignment": jnp.zeros(4, int)}, "num_codes=8: must be at most the 4 tokens"),
+        ({"bias": jnp.zeros(1)}, r"bias has shape \(1,\); it must have one value a token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, jax.Array], message: str) -> None:
+    """At the call, where values are known."""
+    given = {"assignment": jnp.arange(1000) % 8, "targets": jnp.asarray([3]), "bias": None}
+    given |= change
+    h, codes = jnp.ones((1, 4)), jnp.ones((8, 4))
+    with pytest.raises(UserError, match=message):
+        codebook.nll(h, codes, **given)
+    with pytest.raises(UserError, match=message):
+        codebook.summed_nll(h, codes, given.pop("assignment"), counts=jnp.ones(1, bool), **given)

@@ -116,6 +116,18 @@ def test_sampling_of_no_token() -> None:
         sampling.sample(LOGITS, jax.random.key(0), top_k=0)
 
 
+@pytest.mark.parametrize("top_p", [0.0, -1.0, 1.5, float("nan")])
+def test_mass_out_of_range(top_p: float) -> None:
+    with pytest.raises(UserError, match=f"top_p={top_p}: must be above 0 and at most 1"):
+        sampling.sample(LOGITS, jax.random.key(0), top_p=top_p)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+def test_temperature_out_of_range(temperature: float) -> None:
+    with pytest.raises(UserError, match=f"temperature={temperature}: must be at least 0"):
+        sampling.sample(LOGITS, jax.random.key(0), temperature=temperature)
+
+
 def test_nucleus_keeps_all_that_are_as_probable_as_the_last() -> None:
     logits = jnp.log(jnp.asarray([0.2, 0.4, 0.2, 0.2]))
     for top_p, kept in ((0.3, [1]), (0.41, [0, 1, 2, 3])):

@@ -227,6 +227,22 @@ def test_block_must_be_positive(token_block: int) -> None:
         softmax.summed_nll(*x, token_block=token_block)
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    """At the call, where values are known."""
+    x = make(CASES["one_block"])
+    of_all = (
+        (softmax.summed_nll, {"counts": x.counts}),
+        (softmax.streamed_nll, {}),
+        (softmax.nll, {}),
+    )
+    num_rows = len(x.weights)
+    for function, more in of_all:
+        with pytest.raises(UserError, match=f"targets hold {num_rows}: must be in 0 .."):
+            function(x.h, x.weights, jnp.full_like(x.targets, num_rows), **more)
+        with pytest.raises(UserError, match=r"bias has shape \(1,\); it must have one value"):
+            function(x.h, x.weights, x.targets, bias=jnp.zeros(1), **more)
+
+
 def with_gradients(case: Case) -> Callable[[Inputs], Any]:
     return values_and_gradients(in_blocks(case))
 

@@ -14,6 +14,7 @@ from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
 from vqcx_jax.nn.layers import HIDDEN
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling
+from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook import check_codes, class_sampling, classes
 from vqcx_jax.sharding import per_device
 
@@ -51,17 +52,21 @@ class ClassVQHead(NormalizedHead):
         rngs: nnx.Rngs,
     ):
         vocab_size, num_nodes = len(tokens.entry_of), len(tokens.entry_of) + len(tokens.members)
-        if len(assignment) != num_nodes:
+        if assignment.ndim != 2 or len(assignment) != num_nodes:
             raise UserError(
                 f"assignment has shape {assignment.shape}: must have {num_nodes} rows, for "
                 f"{vocab_size} tokens and {len(tokens.members)} classes"
             )
-        check_codes(assignment, num_codes)
+        check_codes(assignment, num_codes, vocab_size)
         num_codebooks = assignment.shape[1]
         if dim % num_codebooks:
             raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
+        shape = (num_codebooks, num_codes, dim // num_codebooks)
+        check_shape("codebooks", codebooks, shape)
+        check_shape("scale", scale, (num_nodes,))
+        if scale is not None and not token_scale:
+            raise UserError("scale is given; token_scale=False has none")
         if codebooks is None:
-            shape = (num_codebooks, num_codes, dim // num_codebooks)
             codebooks = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.codebooks = param(codebooks, (None, "codes", None))
         if token_bias:

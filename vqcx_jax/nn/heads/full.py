@@ -1,18 +1,22 @@
 """The ordinary output layer."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import softmax
+from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
+
+_Implementation = Literal["plain", "streamed"]
 
 
 class FullHead(Head):
@@ -25,6 +29,9 @@ class FullHead(Head):
             "streamed" holds a block of them at a time: of positions for the loss of a batch (see
             `summed_nll`), of the vocabulary for losses of single tokens.
         weights: float32 (V, D) to start from, or None for random.
+
+    Raises:
+        UserError: weights are not (V, D), or an implementation that is none.
     """
 
     def __init__(
@@ -34,12 +41,16 @@ class FullHead(Head):
         *,
         token_bias: bool = False,
         logit_soft_cap: float | None = None,
-        implementation: Literal["plain", "streamed"] = "plain",
+        implementation: _Implementation = "plain",
         weights: jax.Array | None = None,
         dtype: jnp.dtype = jnp.float32,
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_shape("weights", weights, (vocab_size, dim))
+        if implementation not in get_args(_Implementation):
+            accepted = get_args(_Implementation)
+            raise UserError(f"implementation={implementation!r}: must be one of {accepted}")
         if weights is None:
             weights = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
         self.weights = param(weights, ("vocab", "embed"))

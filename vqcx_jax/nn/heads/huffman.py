@@ -24,6 +24,9 @@ class HuffmanHead(NormalizedHead):
     Args:
         paths: int (V, L), see `ops.hierarchical.huffman_paths`.
         bias: one for each of the V - 1 inner nodes.
+
+    Raises:
+        UserError: paths that are not of V tokens over V - 1 nodes.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class HuffmanHead(NormalizedHead):
     ):
         self.vocab_size = paths.shape[0]
         num_nodes = self.vocab_size - 1
+        huffman.check_paths(paths)
         nodes = 0.02 * jax.random.normal(rngs.params(), (num_nodes, dim), jnp.float32)
         self.nodes = param(nodes, (None, "embed"))
         if bias:

@@ -30,10 +30,10 @@ class LearnedVQHead(MultiVQHead):
         num_candidates: C.
         gumbel: draw codes while training, and not only for the gradient's sake. The noise is made
             from the hidden states, so that it is new in each step and the same after a restart.
-        options: of `MultiVQHead`, without soft-cap.
+        options: of `MultiVQHead`, without soft-cap and `expand_vectors`.
 
     Raises:
-        UserError: as `MultiVQHead`; or num_candidates is not in 1 .. num_codes.
+        UserError: as `MultiVQHead`; num_candidates is not in 1 .. num_codes; or a soft-cap.
     """
 
     def __init__(
@@ -48,7 +48,10 @@ class LearnedVQHead(MultiVQHead):
     ):
         if not 1 <= num_candidates <= num_codes:
             raise UserError(f"num_candidates={num_candidates}: must be in 1 .. {num_codes}")
-        super().__init__(assignment, num_codes, dim, expand_vectors=True, **options)
+        for name in ("logit_soft_cap", "expand_vectors"):
+            if options.get(name) is not None:
+                raise UserError(f"{name}={options[name]}: must be None where codes are learned")
+        super().__init__(assignment, num_codes, dim, **options)
         self.sums_pairs = False  # Scores get their gradients from `token_nll`.
         neighbours = straight_through.nearest_codes(self.codebooks[...], num_candidates)
         self.neighbours = buffer(neighbours, (None, None, None))

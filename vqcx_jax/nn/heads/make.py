@@ -12,6 +12,7 @@ from vqcx_jax.config import schema
 from vqcx_jax.errors import DataError
 from vqcx_jax.maps import TokenClasses, TokenMap
 from vqcx_jax.maps.fixed import contiguous_map
+from vqcx_jax.maps.make import check_classes, check_sizes
 from vqcx_jax.nn.heads.adaptive import AdaptiveHead
 from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.heads.class_vq import ClassVQHead
@@ -42,8 +43,10 @@ def make_head(
             None: a placeholder, for heads whose arrays come from a checkpoint.
 
     Raises:
-        DataError: the map has no classes, for a head that needs them.
+        DataError: the map is not of this vocabulary, or does not fit the head.
     """
+    if token_map is not None:
+        _check_map(config, token_map)
     head = _make(config, token_map, rules, rngs)
     if token_map is not None and token_map.bias is not None:
         _start_biases(head, token_map.bias)
@@ -71,9 +74,26 @@ def _make(
             return _vq(config, config.head, token_map, rules, rngs)
 
 
+def _check_map(config: schema.Model, token_map: TokenMap) -> None:
+    vocab_size = config.known_vocab_size()
+    if token_map.vocab_size != vocab_size:
+        raise DataError(
+            f"token_map: is for {token_map.vocab_size} tokens, must be for model.vocab_size="
+            f"{vocab_size}"
+        )
+    match config.head:
+        case schema.VQHead():
+            check_sizes(config.head, token_map, "token_map")
+        case schema.ClassVQHead():
+            check_sizes(config.head.codes(), token_map, "token_map")
+            check_classes(config.head, token_map, "token_map")
+
+
 def _start_biases(head: Head, bias: np.ndarray) -> None:
     """Sets token biases to `bias`, those of classes to the logarithm of their tokens' sum."""
-    assert isinstance(head, VQHead | MultiVQHead | ClassVQHead | FullHead | LowRankHead)
+    kinds = VQHead | MultiVQHead | ClassVQHead | FullHead | LowRankHead
+    if not isinstance(head, kinds) or not head.has_bias:
+        raise DataError("token_map: has biases to start from, which this head has not")
     start = jnp.asarray(bias)
     if isinstance(head, ClassVQHead):
         members = head.members[...]
@@ -218,8 +238,7 @@ def _class_vq(
             _placeholder(vocab_size, head.codes()), classes=TokenClasses(class_of, class_codes)
         )
     of_classes, codebooks, scale = token_map.classes, token_map.codebooks, token_map.scale
-    if of_classes is None:
-        raise DataError(f"token_map: has no classes, which model.head.kind={head.kind!r} needs")
+    assert of_classes is not None
     if scale is not None:
         assert of_classes.scale is not None
         scale = np.append(scale, of_classes.scale)

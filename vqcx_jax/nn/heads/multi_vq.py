@@ -13,8 +13,10 @@ from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
+from vqcx_jax.ops.checks import check_per_token, check_shape
 from vqcx_jax.ops.codebook import check_codes, loss, multi
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
+from vqcx_jax.ops.codebook.checks import check_own_tokens
 from vqcx_jax.ops.codebook.multi import Form
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
@@ -46,7 +48,8 @@ class MultiVQHead(Head):
         scale, own_vectors: float32 (V,) and (T, D) to start from, or None for ones and random.
 
     Raises:
-        UserError: shapes that do not fit, or codes outside [0, num_codes).
+        UserError: shapes that do not fit, codes or own tokens out of range, or an option that
+            another one makes void.
     """
 
     def __init__(
@@ -69,15 +72,30 @@ class MultiVQHead(Head):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        if assignment.ndim != 2:
+            raise UserError(f"assignment has shape {assignment.shape}; it must be (V, M)")
         vocab_size, num_codebooks = assignment.shape
         check_codes(assignment, num_codes)
+        multi.check_form(form)
         if form == "product" and dim % num_codebooks:
             raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
         if expand_vectors and logit_soft_cap is not None:
             raise UserError(
                 f"expand_vectors=True: must be False or None with logit_soft_cap={logit_soft_cap}"
             )
+        self.closes = num_codebooks <= 2 and not token_scale
+        if expand_vectors and self.closes:
+            raise UserError(
+                "expand_vectors=True: must be False or None with one or two codebooks without "
+                "scales, whose loss has a closed form"
+            )
+        if scale is not None and not token_scale:
+            raise UserError("scale is given; token_scale=False has none")
+        if own_vectors is not None and own_tokens is None:
+            raise UserError("own_vectors are given; own_tokens=None has none")
         width = dim // num_codebooks if form == "product" else dim
+        check_shape("codebooks", codebooks, (num_codebooks, num_codes, width))
+        check_per_token("scale", scale, vocab_size)
         if codebooks is None:
             # The sum of M codes starts as large as the one vector of a full head.
             std = 0.02 if form == "product" else 0.02 * num_codebooks**-0.5
@@ -87,8 +105,10 @@ class MultiVQHead(Head):
         self.codebooks = param(codebooks, (None, "codes", embed))
         self.assignment = buffer(jnp.asarray(assignment, jnp.int32), (None, None))
         if own_tokens is not None:
+            check_own_tokens(own_tokens, vocab_size)
+            own_shape = (len(own_tokens), dim)
+            check_shape("own_vectors", own_vectors, own_shape)
             if own_vectors is None:
-                own_shape = (len(own_tokens), dim)
                 own_vectors = 0.02 * jax.random.normal(rngs.params(), own_shape, jnp.float32)
             self.own_vectors = param(own_vectors, (None, "embed"))
             self.own_tokens = buffer(jnp.asarray(own_tokens, jnp.int32), (None,))
@@ -97,7 +117,6 @@ class MultiVQHead(Head):
         if token_scale:
             scale = jnp.ones((vocab_size,), jnp.float32) if scale is None else scale
             self.scale = param(scale, (None,), decay=False)
-        self.closes = num_codebooks <= 2 and not token_scale
         may_expand = not self.closes and logit_soft_cap is None
         self.expand_vectors = expand_vectors if may_expand else False
         self.sums_pairs = self.closes and num_codebooks == 2 and own_tokens is None

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.multi_vq import MultiVQHead
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer
@@ -29,7 +30,7 @@ class ReassignedVQHead(MultiVQHead):
         options: of `MultiVQHead`.
 
     Raises:
-        UserError: as `MultiVQHead`.
+        UserError: as `MultiVQHead`; every is not positive; or decay is not between 0 and 1.
     """
 
     def __init__(
@@ -42,6 +43,10 @@ class ReassignedVQHead(MultiVQHead):
         decay: float,
         **options: Any,
     ):
+        if every < 1:
+            raise UserError(f"every={every}: must be positive")
+        if not 0 < decay < 1:
+            raise UserError(f"decay={decay}: must be between 0 and 1")
         super().__init__(assignment, num_codes, dim, **options)
         self.sums = buffer(jnp.zeros((self.vocab_size, dim), jnp.float32), _SUMS)
         self.counts = buffer(jnp.zeros((self.vocab_size,), jnp.float32), (None,))

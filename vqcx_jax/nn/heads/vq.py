@@ -13,6 +13,7 @@ from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, sampling, soft_cap
+from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
@@ -27,7 +28,7 @@ class VQHead(Head):
         implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
 
     Raises:
-        UserError: codes outside [0, num_codes), or more codes than tokens.
+        UserError: shapes that do not fit, codes outside [0, num_codes), or more codes than tokens.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class VQHead(Head):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_shape("assignment", assignment, assignment.shape[:1])
         codebook.check_codes(assignment, num_codes)
+        check_shape("codes", codes, (num_codes, dim))
         if codes is None:
             codes = 0.02 * jax.random.normal(rngs.params(), (num_codes, dim), jnp.float32)
         self.codes = param(codes, ("codes", "embed"))

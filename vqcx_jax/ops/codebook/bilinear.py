@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.checks import check_targets
 from vqcx_jax.ops.codebook import multi
+from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.codebook.closed_form import code_log_mass
 from vqcx_jax.ops.varying import varying_like
 
@@ -89,12 +91,15 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: not two codebooks, or assignment not (V, 2).
+        UserError: not two codebooks, assignment not (V, 2) or bias not (V,); codes or targets out
+            of range, where they are known.
     """
     if len(code_logits) != 2:
         raise UserError(f"code_logits has {len(code_logits)} codebooks; the bilinear form takes 2")
     multi.check_assignment(code_logits, assignment)
     l1, l2 = code_logits
+    check_codes(assignment, (l1.shape[-1], l2.shape[-1]))
+    check_targets(targets, assignment.shape[0])
     z = log_z(code_logits, cell_log_mass(assignment, (l1.shape[-1], l2.shape[-1]), bias))
     return z - multi.target_logits(code_logits, assignment, targets, bias), z
 

@@ -9,7 +9,8 @@ Everything here is float32 from the code logits on, whatever the dtype of h and 
 import jax
 import jax.numpy as jnp
 
-from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.checks import check_per_token, check_targets
+from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.gather import take
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
@@ -39,7 +40,11 @@ def code_log_mass(
 
     Returns:
         float32 (num_codes,).
+
+    Raises:
+        UserError: bias is not (V,).
     """
+    check_per_token("bias", bias, assignment.shape[0])
     if bias is None:
         bias = jnp.zeros(assignment.shape, jnp.float32)
     bias = bias.astype(jnp.float32)
@@ -72,10 +77,11 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: bias is not (V,).
+        UserError: bias is not (V,), more codes than tokens; where values are known, codes or
+            targets out of range.
     """
     num_codes = codes.shape[0]
-    check_per_token("bias", bias, assignment.shape[0])
+    _check(codes, assignment, targets, bias)
     l = soft_cap(code_logits(h, codes), cap)
     log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
@@ -115,7 +121,7 @@ def summed_nll(
     Raises:
         UserError: as `nll`, and as `softmax.resident.summed_nll`.
     """
-    check_per_token("bias", bias, assignment.shape[0])
+    _check(codes, assignment, targets, bias)
     log_mass_K = code_log_mass(assignment, codes.shape[0], bias)
     target_codes = take(assignment, targets)
     loss, nll = resident.summed_nll(
@@ -142,6 +148,19 @@ def logits(
 
     Returns:
         float32 (..., V).
+
+    Raises:
+        UserError: bias is not (V,); codes out of range, where they are known.
     """
+    check_codes(assignment, codes.shape[0])
+    check_per_token("bias", bias, assignment.shape[0])
     z = code_logits(h, codes)[..., assignment]
     return z if bias is None else z + bias.astype(jnp.float32)
+
+
+def _check(
+    codes: jax.Array, assignment: jax.Array, targets: jax.Array, bias: jax.Array | None
+) -> None:
+    check_codes(assignment, codes.shape[0])
+    check_targets(targets, assignment.shape[0])
+    check_per_token("bias", bias, assignment.shape[0])

@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import dispatch
+from vqcx_jax.ops.checks import check_per_token, check_targets
 from vqcx_jax.ops.codebook import bilinear, closed_form, multi, pairs, scatter, streaming
-from vqcx_jax.ops.codebook.checks import check_per_token
+from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.gather import take
 from vqcx_jax.ops.sampling import first_of_sorted
 
@@ -53,10 +54,12 @@ def log_z(
         float32 (...).
 
     Raises:
-        UserError: assignment is not (V, M), or bias or scale is not (V,); a kernel is asked for
-            where the loss closes.
+        UserError: assignment is not (V, M), or bias or scale is not (V,); more codes than tokens
+            and, where values are known, codes out of range; a kernel is asked for where the loss
+            closes.
     """
     multi.check_assignment(code_logits, assignment)
+    check_codes(assignment, [l.shape[-1] for l in code_logits])
     check_per_token("bias", bias, assignment.shape[0])
     check_per_token("scale", scale, assignment.shape[0])
     sizes = tuple(l.shape[-1] for l in code_logits)
@@ -102,7 +105,11 @@ def nll(
 
     Returns:
         nll, log_z: float32 (...).
+
+    Raises:
+        UserError: as `log_z`; targets out of range, where they are known.
     """
+    check_targets(targets, assignment.shape[0])
     log_z_of = functools.partial(
         log_z, code_logits, assignment, implementation=implementation, product_dtype=product_dtype
     )
@@ -150,13 +157,16 @@ def summed_nll(
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: not two codebooks, bias is not (V,), and as `pairs.summed_nll`.
+        UserError: not two codebooks, bias is not (V,), codes or targets out of range where they
+            are known, and as `pairs.summed_nll`.
     """
     multi.check_assignment(codebooks, assignment)
     if len(codebooks) != 2:
         raise UserError(f"codebooks: are {len(codebooks)}, must be 2")
     check_per_token("bias", bias, assignment.shape[0])
     num_codes = len(codebooks[0]), len(codebooks[1])
+    check_codes(assignment, num_codes)
+    check_targets(targets, assignment.shape[0])
     log_mass_IxJ = bilinear.cell_log_mass(assignment, num_codes, bias)
     # One gather instead of two; of rows of two, a TPU would make a copy with 128 lanes each.
     cells_of_targets = take(bilinear.cells(assignment, num_codes), targets)

@@ -11,12 +11,13 @@ tuple of M float32 arrays (..., K_m); K_m may differ.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.checks import check_per_token
 from vqcx_jax.ops.codebook import closed_form
 from vqcx_jax.ops.product import product
 
@@ -26,8 +27,15 @@ Form = Literal["additive", "product"]
 
 def code_logits(h: jax.Array, codebooks: Sequence[jax.Array], form: Form) -> CodeLogits:
     """`additive_code_logits` or `product_code_logits`."""
+    check_form(form)
     of_form = product_code_logits if form == "product" else additive_code_logits
     return of_form(h, codebooks)
+
+
+def check_form(form: str) -> None:
+    """Raises UserError unless it is one of `Form`."""
+    if form not in get_args(Form):
+        raise UserError(f"form={form!r}: must be one of {get_args(Form)}")
 
 
 def additive_code_logits(h: jax.Array, codebooks: Sequence[jax.Array]) -> CodeLogits:
@@ -102,6 +110,8 @@ def logits(
         float32 (..., V).
     """
     check_assignment(code_logits, assignment)
+    check_per_token("bias", bias, assignment.shape[0])
+    check_per_token("scale", scale, assignment.shape[0])
     columns = enumerate(code_logits)
     z = sum((l[..., assignment[:, m]] for m, l in columns), start=jnp.float32(0))
     if scale is not None:
@@ -134,6 +144,8 @@ def target_logits(
 ) -> jax.Array:
     """Z of the targets alone: float32 (...), for targets int (...). Others as in `logits`."""
     check_assignment(code_logits, assignment)
+    check_per_token("bias", bias, assignment.shape[0])
+    check_per_token("scale", scale, assignment.shape[0])
     codes = assignment[targets]
     z = jnp.zeros(targets.shape, jnp.float32)
     for m, l in enumerate(code_logits):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqcx_jax.ops.codebook.multi import CodeLogits
-from vqcx_jax.ops.sampling import check_k, first_of_sorted
+from vqcx_jax.ops.sampling import check_k, check_temperature, first_of_sorted
 
 
 class TokenTable(NamedTuple):
@@ -121,7 +121,11 @@ def sampler(
 
     Returns:
         (code_logits, key) -> tokens: float32 (..., K), a typed PRNG key, int32 (...).
+
+    Raises:
+        UserError: a temperature below 0, where it is a Python number.
     """
+    check_temperature(temperature)
     temperature = jnp.asarray(temperature, jnp.float32)
     divisor = _divisor(temperature)
     log_mass, draw_within = _within(table, divisor)
@@ -158,7 +162,11 @@ def cell_sampler(
     Returns:
         (code_logits, own_logits, key) -> tokens: M arrays float32 (..., K_m); float32 (..., T)
         with biases, or None without own tokens; a typed PRNG key; int32 (...).
+
+    Raises:
+        UserError: as `sampler`.
     """
+    check_temperature(temperature)
     vocab_size, (num_rows, num_columns) = len(bias), (*num_codes, 1)[:2]
     cells = assignment[:, 0]
     if len(num_codes) == 2:

@@ -2,6 +2,7 @@
 
 from vqcx_jax.ops.sampling.categorical import (
     check_k,
+    check_temperature,
     first_of_sorted,
     nucleus,
     sample,
@@ -9,4 +10,12 @@ from vqcx_jax.ops.sampling.categorical import (
     top_k,
 )
 
-__all__ = ["check_k", "first_of_sorted", "nucleus", "sample", "sample_listed", "top_k"]
+__all__ = [
+    "check_k",
+    "check_temperature",
+    "first_of_sorted",
+    "nucleus",
+    "sample",
+    "sample_listed",
+    "top_k",
+]

@@ -27,11 +27,15 @@ def sample(
         int32 (...).
 
     Raises:
-        UserError: top_k is not positive.
+        UserError: top_k is not positive; and where they are Python numbers, a temperature below 0
+            or a top_p outside of (0, 1].
 
     Example:
         sample(logits, jax.random.key(0), temperature=0.8, top_k=50, top_p=0.95)
     """
+    check_temperature(temperature)
+    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
     if top_k is not None:
         listed, ids = _top_k(logits, min(top_k, logits.shape[-1]))
         return sample_listed(listed, ids, key, temperature=temperature, top_p=top_p)
@@ -122,6 +126,12 @@ def first_of_sorted(z: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, ja
     z, ids = (jnp.take_along_axis(x, chosen, axis=-1) for x in (z, ids))
     negative_z, ids = jax.lax.sort((-z, ids), num_keys=2)
     return -negative_z, ids
+
+
+def check_temperature(temperature: float | jax.Array) -> None:
+    """Raises UserError if it is a Python number below 0, or none."""
+    if isinstance(temperature, int | float) and not temperature >= 0:
+        raise UserError(f"temperature={temperature}: must be at least 0")
 
 
 def check_k(k: int, vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.checks import check_per_token, check_targets
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
 
@@ -18,7 +19,11 @@ def logits(
 
     Returns:
         float32 (..., V).
+
+    Raises:
+        UserError: bias is not (V,).
     """
+    check_per_token("bias", bias, weights.shape[0])
     z = soft_cap(product(h, weights), cap)
     return z if bias is None else z + bias.astype(jnp.float32)
 
@@ -39,7 +44,11 @@ def nll(
 
     Returns:
         nll, log_z: float32 (...).
+
+    Raises:
+        UserError: bias is not (V,), or targets out of range, where they are known.
     """
+    check_targets(targets, weights.shape[0])
     z = logits(h, weights, bias, cap=cap)
     log_z = jax.nn.logsumexp(z, axis=-1)
     # A masked sum instead of a gather: V may be sharded, and no device then holds every row.

@@ -6,8 +6,8 @@ import jax
 from jax.typing import DTypeLike
 
 from vqcx_jax.ops import dispatch
+from vqcx_jax.ops.checks import check_per_token
 from vqcx_jax.ops.codebook import multi
-from vqcx_jax.ops.codebook.checks import check_per_token
 from vqcx_jax.ops.codebook.scatter import tpu, xla
 
 

@@ -1,0 +1,43 @@
+"""What must hold of the arguments of operations, checked where shapes or values are known."""
+
+import jax
+import numpy as np
+
+from vqcx_jax.errors import UserError
+
+
+def are_known(x: jax.Array | np.ndarray) -> bool:
+    """Whether x has values already, as it has outside of jit."""
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def check_shape(name: str, x: jax.Array | np.ndarray | None, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless x is None or has this shape."""
+    if x is not None and x.shape != shape:
+        raise UserError(f"{name} has shape {x.shape}; it must be {shape}")
+
+
+def check_per_token(name: str, x: jax.Array | None, vocab_size: int) -> None:
+    """Raises UserError unless x is None or has one value a token, (vocab_size,)."""
+    if x is not None and x.shape != (vocab_size,):
+        raise UserError(
+            f"{name} has shape {x.shape}; it must have one value a token, ({vocab_size},)"
+        )
+
+
+def check_targets(targets: jax.Array | np.ndarray, vocab_size: int) -> None:
+    """Raises UserError unless targets are integers and, where they are known, in [0, vocab_size).
+
+    Operations take tokens alone; labels that are to be ignored are for `ops.labels`.
+    """
+    if not np.issubdtype(targets.dtype, np.integer):
+        raise UserError(f"targets have dtype {targets.dtype}; they must be integers")
+    if not are_known(targets):
+        return
+    values = np.asarray(targets)
+    wrong = values[(values < 0) | (values >= vocab_size)]
+    if wrong.size:
+        raise UserError(
+            f"targets hold {wrong[0]}: must be in 0 .. {vocab_size - 1} "
+            "(`ops.labels.check_labels` parts tokens from labels that are to be ignored)"
+        )
