@@ -6,11 +6,12 @@ from vqcx_jax.config.mesh import resolve_mesh_shape
 from vqcx_jax.config.overrides import apply_overrides
 from vqcx_jax.config.schema import Config
 from vqcx_jax.config.serialization import from_json, to_json
-from vqcx_jax.config.validation import check_vocab_size, validate
+from vqcx_jax.config.validation import check_attention, check_vocab_size, validate
 
 __all__ = [
     "Config",
     "apply_overrides",
+    "check_attention",
     "check_vocab_size",
     "from_json",
     "load_config",

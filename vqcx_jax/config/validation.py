@@ -8,6 +8,7 @@ from vqcx_jax.config.mesh import minimum_mesh_shape, resolve_mesh_shape
 from vqcx_jax.config.schema import (
     TFDS,
     AdaptiveHead,
+    AttentionConfig,
     ClassVQHead,
     Config,
     Data,
@@ -80,8 +81,7 @@ def _check_model(model: Model) -> None:
             model.num_kv_heads,
             f"must divide model.num_heads={model.num_heads}",
         )
-    if isinstance(model.attention, Rotary):
-        _check_extension(model.attention)
+    check_attention(model.attention)
     if isinstance(model.head, LowRankHead) and model.head.rank > model.embed_dim:
         _fail(
             "model.head.rank",
@@ -104,7 +104,10 @@ def _check_model(model: Model) -> None:
         _check_token_map(model.head.codes())
 
 
-def _check_extension(attention: Rotary) -> None:
+def check_attention(attention: AttentionConfig) -> None:
+    """Raises ConfigError for options that do not fit each other."""
+    if not isinstance(attention, Rotary):
+        return
     extension, factor = attention.extension, attention.extension_factor
     if extension == "none" and factor != 1:
         accepted = "must be 1 with model.attention.extension='none'"
@@ -115,6 +118,9 @@ def _check_extension(attention: Rotary) -> None:
     if extension == "yarn" and attention.trained_length is None:
         accepted = "must be the positions of training for model.attention.extension='yarn'"
         _fail("model.attention.trained_length", None, accepted)
+    if extension != "none" and factor == 1:
+        accepted = f"must be above 1 with model.attention.extension={extension!r}"
+        _fail("model.attention.extension_factor", factor, accepted)
 
 
 def _check_classes(head: ClassVQHead, vocab_size: int | None) -> None:

@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
             (B, T, D) and the cache with the T tokens added.
         """
         positions = jnp.zeros_like(tokens_BxT) + cache_length + jnp.arange(tokens_BxT.shape[1])
-        info = self.blocks.attention.encoding.info(jnp.zeros_like(tokens_BxT), positions)
+        info = self.blocks.attention.encoding.info(None, positions)
 
         # The cache is carried whole, and each layer writes its tokens into it: as slices that the
         # scan takes and puts back, all of it would be copied for each token.

@@ -103,27 +103,33 @@ def test_scores_and_gradients(
 
 
 @ALL
-def test_late_queries_of_a_long_row(name: str, in_float64: Any, max_error: Any) -> None:
-    """2048 keys, as of a long document, and its last queries."""
+@pytest.mark.parametrize("head_dim", [32, 128, 256])
+def test_late_queries_of_a_long_row(
+    name: str, head_dim: int, in_float64: Any, max_error: Any
+) -> None:
+    """2048 keys, as of a long document, and its last queries: scores, and all gradients."""
     length, num_queries = 2048, 3
-    q, k, *parameters = make_inputs(name, 1, 1, 16, length)
+    q, *others = make_inputs(name, 1, 1, head_dim, length)
     positions = jnp.broadcast_to(jnp.arange(length), (2, length))
     late = slice(length - num_queries, None)
+    inputs = q[:, late], *others
+    cotangent = random(2, 1, num_queries, length)
+    frequencies = VARIANTS[name].frequencies(head_dim)
 
-    @jax.jit
-    def late_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-        q, k = VARIANTS[name].encode(q, k, *table(name, 16, positions), *parameters)
+    def late_scores(q: jax.Array, k: jax.Array, parameters: Any) -> jax.Array:
+        # Encodings take queries and keys of the same positions.
+        q = jnp.pad(q, ((0, 0), (length - num_queries, 0), (0, 0), (0, 0)))
+        tables = rotary_table(positions, frequencies)
+        q, k = VARIANTS[name].encode(q, k, *tables, *parameters)
         return dot_scores(q[:, late], k)
 
-    def late_definition(q: Any, k: Any, parameters: Any, frequencies: Any, positions: Any) -> Any:
-        return definition(
-            name, q[:, late], k, parameters, frequencies, positions[:, late], positions
-        )
-
-    frequencies = VARIANTS[name].frequencies(16)
-    truth = in_float64(late_definition, q, k, parameters, frequencies, positions)
-    # Angles of up to 2048 radians are rounded by 2^-14 = 6e-5, at q and at k.
-    assert max_error(late_scores(q, k), truth) <= 1.2e-4
+    value, gradients = jax.jit(scores_and_gradients(late_scores))(inputs, cotangent)
+    true_value, true_gradients = in_float64(
+        literal(name), inputs, cotangent, frequencies, positions[:, late], positions
+    )
+    assert max_error(value, true_value) <= 1e-5
+    for actual, expected in zip(gradients, true_gradients, strict=True):
+        assert max_error(actual, expected) <= 1e-5
 
 
 @ALL

@@ -42,6 +42,13 @@ VARIANTS = {
         ops.harmonic_scores,
         lambda normal, H, K, d: tuple(normal((2, H, NUM_HARMONICS, d // 2))),
     ),
+    "amplitude": Variant(
+        ops.amplitude_queries_and_keys,
+        lambda q, k, bias, *others: ops.harmonic_scores(
+            q, k, jnp.ones_like(bias)[:, None], bias[:, None], *others
+        ),
+        lambda normal, H, K, d: (normal((H, d // 2)),),
+    ),
     "pope": Variant(
         ops.pope_queries_and_keys,
         ops.pope_scores,

@@ -10,7 +10,7 @@ from vqcx_jax.config import schema
 from vqcx_jax.nn.layers import ROWS
 from vqcx_jax.nn.variables import Param, logical_axes
 from vqcx_jax.ops.flash_attention.amplitude import Amplitude
-from vqcx_jax.sharding import LogicalAxes, per_device
+from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 HEADS: LogicalAxes = (*ROWS, "heads", None)
 # What every query head or key head has, a number for each plane.
@@ -22,12 +22,12 @@ QueriesAndKeys = tuple[jax.Array, jax.Array]
 class TokenInfo(NamedTuple):
     """Where tokens stand; the same for all layers, made by `Encoding.info`.
 
-    segment_ids: int (B, T), the packed document of each.
+    segment_ids: int (B, T), the packed document of each; None: every row is one document.
     positions: int (B, T), within the document.
     table: whatever the encoding computes of positions alone, () for nothing.
     """
 
-    segment_ids: jax.Array
+    segment_ids: jax.Array | None
     positions: jax.Array
     table: tuple[jax.Array, ...]
 
@@ -73,8 +73,8 @@ class Encoding(nnx.Module):
         """What turns raw queries and keys, for kernels that do it; None: something else does."""
         return None
 
-    def info(self, segment_ids: jax.Array, positions: jax.Array) -> TokenInfo:
-        """For `__call__`, from int (B, T)."""
+    def info(self, segment_ids: jax.Array | None, positions: jax.Array) -> TokenInfo:
+        """For `__call__`, from int (B, T), see `TokenInfo`."""
         return TokenInfo(segment_ids, positions, self.table(positions))
 
     def _encode(
@@ -92,4 +92,5 @@ class Encoding(nnx.Module):
             # The backward pass takes phases once more, which needs less memory than to keep them.
             function = jax.checkpoint(function)
         run = per_device(function, axes, (HEADS, HEADS), self.rules)
-        return run(q, k, *table, *(x[...] for x in trained))
+        arrays = (constrain(x[...], logical_axes(x), self.rules) for x in trained)
+        return run(q, k, *table, *arrays)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vqcx_jax.config import schema
+from vqcx_jax.config import check_attention, schema
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn.attention.base import HEADS, Phases, QueriesAndKeys, TokenInfo
 from vqcx_jax.nn.attention.make import make_encoding
@@ -54,6 +54,9 @@ class Attention(nnx.Module):
         rules: how logical axes are sharded when a mesh is set.
         rngs: a `params` stream.
 
+    Raises:
+        UserError: sizes or options that do not fit.
+
     Example:
         attention = Attention(
             512, num_heads=8, num_kv_heads=8, head_dim=64,
@@ -77,6 +80,11 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         rules = rules or schema.ShardingRules()
+        if head_dim % 2:
+            raise UserError(f"head_dim={head_dim}: must be even, attention rotates pairs")
+        if num_heads % num_kv_heads:
+            raise UserError(f"num_kv_heads={num_kv_heads}: must divide num_heads={num_heads}")
+        check_attention(attention)
         q_shape, kv_shape = (dim, num_heads, head_dim), (dim, num_kv_heads, head_dim)
         o_shape = (num_heads, head_dim, dim)
         self.q = param(fan_in_normal(rngs.params(), q_shape, dim), ("embed", "heads", None))
@@ -113,19 +121,24 @@ class Attention(nnx.Module):
         Args:
             x_BxTxD: inputs.
             info: from `self.encoding.info`. None: every row is one document and begins at
-                position cache_length. Segments are ignored with a cache.
-            cache: keys and values of earlier positions, `cache_length` of them filled.
+                position cache_length.
+            cache: keys and values of earlier positions, `cache_length` of them filled. Positions
+                past its end overwrite the last ones, where cache_length is traced; else they are
+                an error.
             layer: None, or the cache is that of all layers and this the index of its own.
 
         Returns:
             (B, T, D) and the keys and values: the updated cache, or this call's own.
 
         Raises:
-            UserError: a cache, for attention that is not causal.
+            UserError: a cache that does not fit; a cache for attention that is not causal, for
+                packed documents, or where the sequence is sharded.
         """
-        if cache is not None and not self.causal:
-            raise UserError("cache: must be None for causal=False, a cache holds what came before")
-        is_packed = info is not None
+        x_BxTxD = constrain(x_BxTxD.astype(self.dtype), HIDDEN, self.rules)
+        if cache is not None:
+            self._check_cache(cache, x_BxTxD.shape[1], cache_length)
+            if info is not None and info.segment_ids is not None:
+                raise UserError("info: must have segment_ids=None with a cache, of one document")
         info = info or self._one_document(x_BxTxD, cache_length)
         q_BxTxHxd, k_BxTxKxd = self._raw_queries_and_keys(x_BxTxD)
         raw = (q_BxTxHxd, k_BxTxKxd)
@@ -133,18 +146,19 @@ class Attention(nnx.Module):
         v_BxTxKxd = self._project(self.v, x_BxTxD)
         if cache is None:
             cache = KVCache(k_BxTxKxd, v_BxTxKxd)
-            encoded = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, info.segment_ids)
+            encoded = (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
             implementations = {
-                dispatch.XLA: functools.partial(self.attend, *encoded),
+                dispatch.XLA: functools.partial(self.attend, *encoded, info.segment_ids),
                 dispatch.PALLAS_TPU: functools.partial(
                     self._attend_by_flash,
                     raw,
                     (q_BxTxHxd, k_BxTxKxd),
                     v_BxTxKxd,
                     info,
-                    is_packed,
                 ),
-                dispatch.CUDNN: functools.partial(self._attend_by_cudnn, *encoded, is_packed),
+                dispatch.CUDNN: functools.partial(
+                    self._attend_by_cudnn, *encoded, info.segment_ids
+                ),
             }
             asked = self.options.implementation
             named = None if asked == "auto" else asked
@@ -168,9 +182,11 @@ class Attention(nnx.Module):
         q_BxTxHxd: jax.Array,
         k_BxTxKxd: jax.Array,
         v_BxTxKxd: jax.Array,
-        segment_ids_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None,
     ) -> jax.Array:
         """(B, T, H, d) from encoded queries and keys, within segments."""
+        if segment_ids_BxT is None:
+            segment_ids_BxT = self._no_segments(q_BxTxHxd)
         slopes, slope_axes = self._slopes()
         all_keys = [constrain(x, _ALL_KEYS, self.rules) for x in (k_BxTxKxd, v_BxTxKxd)]
         all_segments = constrain(segment_ids_BxT, _ALL_ROWS, self.rules)
@@ -187,7 +203,10 @@ class Attention(nnx.Module):
         """
         num_tokens = x_BxTxD.shape[1]
         mask = self._mask(num_tokens, num_tokens, 0)
-        in_segment = ops.segment_mask(info.segment_ids, info.segment_ids)
+        segment_ids_BxT = info.segment_ids
+        if segment_ids_BxT is None:
+            segment_ids_BxT = self._no_segments(x_BxTxD)
+        in_segment = ops.segment_mask(segment_ids_BxT, segment_ids_BxT)
         return ops.attention_weights(
             *self.queries_and_keys(x_BxTxD, info),
             in_segment if mask is None else in_segment & mask,
@@ -210,7 +229,6 @@ class Attention(nnx.Module):
         encoded: QueriesAndKeys,
         v_BxTxKxd: jax.Array,
         info: TokenInfo,
-        is_packed: bool,
     ) -> jax.Array:
         """`attend` by kernels, which encode raw queries and keys themselves where they can."""
         if self.encoding.slopes() is not None:
@@ -226,11 +244,11 @@ class Attention(nnx.Module):
             q: jax.Array,
             k: jax.Array,
             v: jax.Array,
-            segment_ids: jax.Array,
             positions: jax.Array,
-            *arrays: jax.Array,
+            *others: jax.Array,
         ) -> tuple[jax.Array]:
-            named = dict(zip(phases.arrays, arrays, strict=True))
+            num_arrays = len(phases.arrays)
+            named = dict(zip(phases.arrays, others[:num_arrays], strict=True))
             y = flash_attention.tpu.attend(
                 q,
                 k,
@@ -239,7 +257,7 @@ class Attention(nnx.Module):
                 delta=named.get("delta"),
                 bias=named.get("bias"),
                 positions=positions,
-                segment_ids=segment_ids if is_packed else None,
+                segment_ids=others[num_arrays] if segments else None,
                 scale=self.encoding.scale,
                 amplitude=phases.amplitude,
                 causal=self.causal,
@@ -249,9 +267,11 @@ class Attention(nnx.Module):
             return (y,)
 
         arrays = [constrain(x, phases.axes[name], self.rules) for name, x in phases.arrays.items()]
-        axes = (HEADS, HEADS, HEADS, ROWS, ROWS, *(phases.axes[name] for name in phases.arrays))
+        segments = () if info.segment_ids is None else (info.segment_ids,)
+        of_phases = (phases.axes[name] for name in phases.arrays)
+        axes = (HEADS, HEADS, HEADS, ROWS, *of_phases, *(ROWS for _ in segments))
         (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
-            *q_and_k, v_BxTxKxd, info.segment_ids, info.positions, *arrays
+            *q_and_k, v_BxTxKxd, info.positions, *arrays, *segments
         )
         return y_BxTxHxd
 
@@ -260,8 +280,7 @@ class Attention(nnx.Module):
         q_BxTxHxd: jax.Array,
         k_BxTxKxd: jax.Array,
         v_BxTxKxd: jax.Array,
-        segment_ids_BxT: jax.Array,
-        is_packed: bool,
+        segment_ids_BxT: jax.Array | None,
     ) -> jax.Array:
         """`attend` by cuDNN."""
         if self.encoding.slopes() is not None:
@@ -284,7 +303,7 @@ class Attention(nnx.Module):
             )
             return (y,)
 
-        segments = (segment_ids_BxT,) if is_packed else ()
+        segments = () if segment_ids_BxT is None else (segment_ids_BxT,)
         axes = (HEADS, HEADS, HEADS, *(ROWS for _ in segments))
         (y_BxTxHxd,) = per_device(attend, axes, (HEADS,), self.rules)(
             q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, *segments
@@ -324,10 +343,34 @@ class Attention(nnx.Module):
         return jnp.einsum("btd,dhk->bthk", x_BxTxD, w)
 
     def _one_document(self, x_BxTxD: jax.Array, first: jax.Array | int) -> TokenInfo:
-        segment_ids_BxT = jnp.zeros(x_BxTxD.shape[:2], jnp.int32)
-        positions_BxT = segment_ids_BxT + first + jnp.arange(x_BxTxD.shape[1])
-        rows = (constrain(x, ROWS, self.rules) for x in (segment_ids_BxT, positions_BxT))
-        return self.encoding.info(*rows)
+        positions_BxT = (
+            jnp.zeros(x_BxTxD.shape[:2], jnp.int32) + first + jnp.arange(x_BxTxD.shape[1])
+        )
+        return self.encoding.info(None, constrain(positions_BxT, ROWS, self.rules))
+
+    def _no_segments(self, x: jax.Array) -> jax.Array:
+        """Zeros for the rows of x (B, T, ...)."""
+        return constrain(jnp.zeros(x.shape[:2], jnp.int32), ROWS, self.rules)
+
+    def _check_cache(self, cache: KVCache, num_tokens: int, cache_length: jax.Array | int) -> None:
+        if not self.causal:
+            raise UserError("cache: must be None for causal=False, a cache holds what came before")
+        if mesh_axes("sequence", self.rules):
+            raise UserError("cache: needs the sequence whole, sharding.sequence must be ()")
+        *_, room, num_heads, key_width = cache.k.shape
+        _, num_kv_heads, value_width = self.v.shape
+        expected = num_kv_heads, self.encoding.key_width
+        if (num_heads, key_width) != expected or cache.v.shape[-2:] != (num_kv_heads, value_width):
+            raise UserError(
+                f"cache: has {num_heads} heads with keys of {key_width} and values of "
+                f"{cache.v.shape[-1]}; must have {num_kv_heads} with keys of "
+                f"{self.encoding.key_width} and values of {value_width}"
+            )
+        first = cache_length if isinstance(cache_length, int) else 0
+        if first + num_tokens > room:
+            raise UserError(
+                f"cache: has room for {room} positions; {first} and {num_tokens} more do not fit"
+            )
 
     # The functions below see one device's queries: of its rows, heads and part of the sequence.
 

@@ -54,10 +54,11 @@ def _polar_power_jvp(
     real, imag, delta, bias = primals
     d_real, d_imag, d_delta, d_bias = tangents
     radius, theta = jnp.hypot(real, imag), arctan2(imag, real)
-    # Where theta is 0 for lack of a phase, cos(theta) is 1.
-    is_tiny = radius < 1e-37
+    # Where theta is 0 for lack of a phase (see `arctan2`), cos(theta) is 1 and sin(theta) is 0.
+    is_tiny = jnp.maximum(jnp.abs(real), jnp.abs(imag)) < 1e-37
     divisor = jnp.where(is_tiny, 1.0, radius)
-    cos_theta, sin_theta = jnp.where(is_tiny, 1.0, real / divisor), imag / divisor
+    cos_theta = jnp.where(is_tiny, 1.0, real / divisor)
+    sin_theta = jnp.where(is_tiny, 0.0, imag / divisor)
     cos_phi, sin_phi = cos_sin(delta * theta + bias)
     along = cos_theta * d_real + sin_theta * d_imag
     across = (

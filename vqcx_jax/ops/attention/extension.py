@@ -23,16 +23,17 @@ def linear_frequencies(frequencies: jax.Array, factor: float) -> jax.Array:
 
 
 def ntk_frequencies(frequencies: jax.Array, factor: float) -> jax.Array:
-    """RoPE's base times factor^(d/(d-2)): omega_i factor^(-i/(P-1)) ("NTK-aware").
+    """RoPE's base times factor^(d/(d-2)): omega_i factor^(-i/(P-1)), P that turn ("NTK-aware").
 
-    The highest frequency stays and the lowest is divided by factor.
+    The highest frequency stays and the lowest that is not 0 is divided by factor.
 
     Raises:
         UserError: factor is below 1.
     """
     _check_factor(factor)
-    num_planes = frequencies.shape[-1]
-    share = jnp.arange(num_planes, dtype=jnp.float32) / max(num_planes - 1, 1)
+    num_turning = jnp.sum(frequencies != 0, axis=-1, keepdims=True)
+    plane = jnp.arange(frequencies.shape[-1], dtype=jnp.float32)
+    share = plane / jnp.maximum(num_turning - 1, 1)
     return frequencies * factor**-share
 
 

@@ -53,7 +53,8 @@ def pull_back_pair(
     larger = jnp.maximum(jnp.abs(real), jnp.abs(imag))
     is_tiny = larger < 1e-37
     inverse = 1.0 / jnp.where(is_tiny, 1.0, larger)
-    cos_theta, sin_theta = jnp.where(is_tiny, 1.0, real * inverse), imag * inverse
+    cos_theta = jnp.where(is_tiny, 1.0, real * inverse)
+    sin_theta = jnp.where(is_tiny, 0.0, imag * inverse)
     square = cos_theta * cos_theta + sin_theta * sin_theta
     shrink = jax.lax.rsqrt(square)
     cos_theta, sin_theta = cos_theta * shrink, sin_theta * shrink

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.attention.phase import position_angle
 from vqcx_jax.ops.attention.planes import from_pair, multiply, table_for_heads, to_pair
 
 
@@ -26,12 +27,15 @@ def rope_frequencies(head_dim: int, base: float = 10_000.0, *, fraction: float =
         float32 (P,).
 
     Raises:
-        UserError: fraction is not in [0, 1].
+        UserError: fraction is not in [0, 1], or so small that no plane turns.
     """
     if not 0.0 <= fraction <= 1.0:
         raise UserError(f"fraction={fraction}: must be in [0, 1]")
     planes = jnp.arange(head_dim // 2, dtype=jnp.float32)
-    num_turning = int(fraction * head_dim) // 2
+    # Of the fraction that was meant: 0.58 times 100 is 57.99999999999999 to a computer.
+    num_turning = int(fraction * head_dim + 1e-6) // 2
+    if num_turning == 0 and fraction > 0:
+        raise UserError(f"fraction={fraction}: no plane of {head_dim // 2} turns; 0 asks for none")
     return jnp.where(planes < num_turning, base ** (-2.0 * planes / head_dim), 0.0)
 
 
@@ -60,14 +64,15 @@ def rotary_table(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Arra
 
     Args:
         positions: integer or float (..., T). Angles are float32 whatever the model's dtype:
-            bfloat16 would round position 257 to 256.
+            bfloat16 would round position 257 to 256. See `position_angle` for how exact they are.
         frequencies: float32 (P,), or (K, P) for frequencies of each key head.
 
     Returns:
         cos, sin: float32 (..., T, P), or (..., T, K, P).
     """
     positions = positions.astype(jnp.float32)
-    angles = jnp.expand_dims(positions, tuple(range(-frequencies.ndim, 0))) * frequencies
+    positions = jnp.expand_dims(positions, tuple(range(-frequencies.ndim, 0)))
+    angles = position_angle(positions, frequencies)
     return jnp.cos(angles), jnp.sin(angles)
 
 

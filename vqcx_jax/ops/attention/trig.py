@@ -42,7 +42,7 @@ def arctan2(y: jax.Array, x: jax.Array) -> jax.Array:
     t = jnp.where(is_tiny, 0.0, jnp.minimum(abs_x, abs_y) / jnp.where(is_tiny, 1.0, larger))
     angle = t + t * t * t * _polynomial(_ATAN, t * t)
     angle = jnp.where(abs_y > abs_x, jnp.pi / 2 - angle, angle)
-    angle = jnp.where(x < 0, jnp.where(is_tiny, 0.0, jnp.pi - angle), angle)
+    angle = jnp.where(is_tiny, 0.0, jnp.where(x < 0, jnp.pi - angle, angle))
     is_negative = jax.lax.bitcast_convert_type(y, jnp.int32) < 0  # The sign bit, of -0.0 too.
     return jnp.where(is_negative, -angle, angle)
 

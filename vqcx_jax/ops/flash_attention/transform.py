@@ -10,13 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.attention.phase import position_angle
 from vqcx_jax.ops.attention.planes import smooth_amplitude
 from vqcx_jax.ops.attention.polar import Turn, polar, pull_back_pair
 from vqcx_jax.ops.attention.trig import cos_sin
 from vqcx_jax.ops.flash_attention.amplitude import Amplitude
-
-# 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
-_TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
 
 
 class Planes(NamedTuple):
@@ -126,9 +124,5 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _position_phase(positions: jax.Array, planes: Planes) -> jax.Array:
-    """Bias + position omega, less whole turns: a phase added to 1e4 radians would lose its bits."""
-    angle = positions.astype(jnp.float32) * planes.omega
-    turns = jnp.round(angle * (1 / (2 * jnp.pi)))
-    for part in _TURN:
-        angle = angle - turns * part
+    angle = position_angle(positions.astype(jnp.float32), planes.omega)
     return angle if planes.bias is None else angle + planes.bias
