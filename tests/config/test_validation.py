@@ -370,6 +370,11 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             None,
             ["sharding.heads='tensor': must not name 'tensor', which sharding.sequence='tensor'"],
         ),
+        (
+            {"model.attention.extension": "linear"},
+            None,
+            ["model.attention.extension_factor=1.0: must be above 1", "extension='linear'"],
+        ),
         ({"mesh.data": "2"}, 8, ["mesh.data=2", "8"]),
         ({"mesh.data": "0"}, None, ["mesh.data=0: must be at least 1"]),
         ({"mesh.fsdp": "-1"}, None, ["mesh.fsdp=-1: only one axis may be -1"]),

@@ -20,6 +20,7 @@ from attention_kinds import (
 )
 from flax import nnx
 
+from vqcx_jax.config import schema
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import Attention, KVCache, functional
 
@@ -139,3 +140,48 @@ def test_a_cache_needs_causal_attention() -> None:
     cache = KVCache(*(jnp.zeros((2, 12, 2, 8)) for _ in range(2)))
     with pytest.raises(UserError, match="cache: must be None for causal=False"):
         layer_of("rope", causal=False)(jnp.asarray(INPUTS), cache=cache)
+
+
+def test_what_a_cache_cannot_do() -> None:
+    layer, x = layer_of("rope"), jnp.asarray(INPUTS)
+    cache = KVCache(*(jnp.zeros((2, 12, 2, 8)) for _ in range(2)))
+    packed = layer.encoding.info(SEGMENTS, POSITIONS)
+    with pytest.raises(UserError, match="info: must have segment_ids=None with a cache"):
+        layer(x, packed, cache)
+    with pytest.raises(UserError, match="cache: has room for 12 positions; 4 and 9 more do not"):
+        layer(x, cache=cache, cache_length=4)
+    wide = KVCache(jnp.zeros((2, 12, 2, 16)), cache.v)
+    with pytest.raises(UserError, match="cache: has 2 heads with keys of 16 and values of 8; must"):
+        layer(x, cache=wide)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_dim": 7}, "head_dim=7: must be even"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3: must divide num_heads=4"),
+        (
+            {"attention": schema.RopeAttention(extension="yarn", extension_factor=2.0)},
+            "model.attention.trained_length=None: must be the positions of training",
+        ),
+        (
+            {"attention": schema.RopeAttention(extension_factor=2.0)},
+            "model.attention.extension_factor=2.0: must be 1",
+        ),
+        (
+            {"attention": schema.RopeAttention(rope_fraction=0.02)},
+            "fraction=0.02: no plane of 4 turns",
+        ),
+    ],
+)
+def test_sizes_and_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "attention": schema.RopeAttention()}
+    with pytest.raises(UserError, match=message):
+        layer = Attention(16, **(sizes | options), rngs=nnx.Rngs(0))
+        layer(jnp.zeros((1, 2, 16)))
+
+
+def test_activations_are_of_its_dtype() -> None:
+    layer = layer_of("complex_learned", dtype=jnp.bfloat16)
+    out, own = jax.jit(Attention.__call__)(layer, INPUTS)
+    chex.assert_type([out, *own], jnp.bfloat16)

@@ -8,13 +8,14 @@ import chex
 import jax
 import numpy as np
 import pytest
-from attention_kinds import KINDS, VOCAB_SIZE, extend, make_model
+from attention_kinds import INPUTS, KINDS, VOCAB_SIZE, extend, make_layer, make_model
 from flax import nnx
 from versions import newest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config import schema
-from vqcx_jax.nn import Transformer, functional
+from vqcx_jax.errors import UserError
+from vqcx_jax.nn import Attention, Transformer, functional
 
 pytestmark = newest_jax
 
@@ -129,3 +130,27 @@ def test_cache_on_a_mesh(name: str) -> None:
     chex.assert_trees_all_close(actual, expected[1:, :8], rtol=0, atol=1e-5)
     # One of two key heads.
     assert cache.k.addressable_shards[0].data.shape[:4] == (2, 1, 16, 1)
+
+
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+@pytest.mark.parametrize("name", ["complex_learned", "alibi_window"])
+def test_a_layer_of_its_own(name: str, axis_type: str) -> None:
+    """Neither its weights nor its inputs need be laid out before."""
+    layer = make_layer(KINDS[name], rules=RULES)
+    x = np.random.default_rng(0).standard_normal((4, 8, INPUTS.shape[-1]), np.float32)
+    expected, _ = jax.jit(Attention.__call__)(layer, x)
+    with jax.set_mesh(make_mesh("all", axis_type)):
+        actual, _ = jax.jit(Attention.__call__)(layer, x)
+    chex.assert_trees_all_close(np.asarray(actual), np.asarray(expected), rtol=0, atol=1e-5)
+
+
+def test_no_cache_of_a_sequence_that_is_cut() -> None:
+    layer = make_layer(KINDS["complex_learned"], rules=RULES)
+    x = jax.numpy.zeros((2, 4, INPUTS.shape[-1]))
+    _, own = jax.eval_shape(Attention.__call__, layer, x)
+    cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), own)
+    with (
+        jax.set_mesh(make_mesh("sequence2", "auto")),
+        pytest.raises(UserError, match=r"cache: needs the sequence whole, sharding.sequence must"),
+    ):
+        layer(x, cache=cache)

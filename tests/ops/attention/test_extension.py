@@ -30,6 +30,15 @@ def test_ntk_is_another_base() -> None:
     assert ntk_frequencies(jnp.ones(1), FACTOR) == 1.0
 
 
+def test_ntk_of_planes_that_turn() -> None:
+    """The lowest of them is divided by factor, whatever other planes there are."""
+    partial = rope_frequencies(HEAD_DIM, fraction=0.75)
+    actual = ntk_frequencies(partial, FACTOR)
+    assert actual[0] == 1.0
+    np.testing.assert_allclose(actual[23], partial[23] / FACTOR, rtol=1e-6)
+    np.testing.assert_array_equal(actual[24:], np.zeros(8))
+
+
 def test_yarn() -> None:
     actual = yarn_frequencies(OMEGA, FACTOR, LENGTH)
     for omega, changed in zip(np.asarray(OMEGA, np.float64), actual, strict=True):

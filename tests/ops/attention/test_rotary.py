@@ -119,3 +119,30 @@ def test_bfloat16_is_rounded_once() -> None:
     table = rotary_table(jnp.arange(1000, 1004)[None], rope_frequencies(8))
     wide = rotate(x.astype(jnp.float32), *table)
     chex.assert_trees_all_equal(rotate(x, *table), wide.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("length", [2**11, 2**13, 2**16])
+def test_angles_far_from_the_beginning(length: int) -> None:
+    """As one float32 product they would be off by 6e-5, 2e-4 and 2e-3."""
+    error = 3e-7 + length * 2.0**-31
+    frequencies = rope_frequencies(128)
+    positions = np.random.default_rng(0).integers(length, size=2000)
+    angles = np.float64(positions)[:, None] * np.float64(frequencies)
+    cos, sin = jax.jit(rotary_table)(jnp.asarray(positions), frequencies)
+    assert np.abs(cos - np.cos(angles)).max() <= error
+    assert np.abs(sin - np.sin(angles)).max() <= error
+
+
+def test_gradient_by_frequencies() -> None:
+    positions, frequencies = jnp.asarray([5, 2047]), rope_frequencies(8)
+    _, sin = rotary_table(positions, frequencies)
+    by_frequency = jax.grad(lambda f: rotary_table(positions, f)[0].sum())(frequencies)
+    expected = -(np.float64(positions)[:, None] * np.float64(sin)).sum(0)
+    np.testing.assert_allclose(by_frequency, expected, rtol=1e-5)
+
+
+def test_fraction_that_leaves_no_plane() -> None:
+    with pytest.raises(UserError, match="fraction=0.02: no plane of 32 turns"):
+        rope_frequencies(64, fraction=0.02)
+    # 0.58 * 100 is a little less than 58.
+    assert np.count_nonzero(rope_frequencies(100, fraction=0.58)) == 29

@@ -134,11 +134,11 @@ class Attention(nnx.Module):
             UserError: a cache that does not fit; a cache for attention that is not causal, for
                 packed documents, or where the sequence is sharded.
         """
-        x_BxTxD = constrain(x_BxTxD.astype(self.dtype), HIDDEN, self.rules)
         if cache is not None:
             self._check_cache(cache, x_BxTxD.shape[1], cache_length)
             if info is not None and info.segment_ids is not None:
                 raise UserError("info: must have segment_ids=None with a cache, of one document")
+        x_BxTxD = constrain(x_BxTxD.astype(self.dtype), HIDDEN, self.rules)
         info = info or self._one_document(x_BxTxD, cache_length)
         q_BxTxHxd, k_BxTxKxd = self._raw_queries_and_keys(x_BxTxD)
         raw = (q_BxTxHxd, k_BxTxKxd)

@@ -12,17 +12,18 @@ _TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
 
 
 def position_angle(positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Position times frequency less whole turns: to 1e-6 up to 2^12, to 1e-5 up to 2^16.
+    """Position times frequency less whole turns, to 2^-31 of the position (2e-6 at 2^12) or 3e-7.
 
-    Products with the first 8 bits of a frequency are exact for positions up to 2^16, and 2^13 turns
-    of them can be taken off exactly; the others are small. Runs in Pallas kernels, too.
+    Up to position 2^16: products with the first 8 bits of a frequency are exact so far, and so is
+    taking off 2^13 turns of them. What the other bits give is below 1/128 of the position and is
+    rounded twice. Runs in Pallas kernels, too.
 
     Args:
         positions: float32, whole numbers. frequencies: float32, radians per position. Shapes that
             broadcast.
 
     Returns:
-        float32, within half a turn and what the small products add, 1/128 of the angle.
+        float32, within half a turn and 1/128 of the position.
     """
     bits = jax.lax.bitcast_convert_type(frequencies, jnp.int32)
     # A mask, as compilers drop a conversion to bfloat16 and back.
