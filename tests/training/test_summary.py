@@ -32,14 +32,15 @@ def test_new_run_describes_its_token_map(tmp_path: Path) -> None:
         token_scale=False,
     )
     assert lines[2:7] == expected.splitlines()
-    assert "floor" not in {line.split()[0] for line in summary(tmp_path)}
+    (floor,) = [line for line in summary(tmp_path) if line.startswith("floor ")]
+    assert "would be tied without biases and scales" in floor
 
 
 def test_classes_are_described(tmp_path: Path) -> None:
     head = {"kind": "class_vq", "num_codes": "8", "num_codebooks": "4", "token_scale": "true"}
     lines = summary(tmp_path, **{f"model__head__{name}": value for name, value in head.items()})
-    names = ["text", "model", "codes", "vectors", "bytes", "usage", "classes", "devices", "steps"]
-    assert [line.split()[0] for line in lines] == names
+    names = ["text", "model", "codes", "vectors", "bytes", "usage", "classes", "floor"]
+    assert [line.split()[0] for line in lines] == [*names, "devices", "steps"]
     assert lines[2].startswith("codes    4 x 8 a token, 12 bits: ")
     # Slices of 16 / 4 columns; a bias and a scale of 264 tokens and 65 classes.
     assert lines[3].startswith("vectors  128 parameters, ")
