@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vqcx_jax.errors import UserError
 from vqcx_jax.ops.attention import phase_contrastive_loss, rotate
 
 KEY = jax.random.key(3)
@@ -91,3 +92,10 @@ def test_gradients_are_finite(dtype: Any) -> None:
             chex.assert_tree_all_finite(result)
             np.testing.assert_array_equal(result[1][~mask], 0.0)
     assert float(result[0]) == 0.0
+
+
+@pytest.mark.parametrize("options", [{"drop_rate": 1.0}, {"drop_rate": -0.5}, {"temperature": 0.0}])
+def test_out_of_range(options: dict[str, float]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"{name}={value}: must be"):
+        phase_contrastive_loss(inputs(), KEY, **{"drop_rate": 0.2, "temperature": 0.1} | options)

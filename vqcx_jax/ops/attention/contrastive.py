@@ -19,6 +19,7 @@ similarities are not normalised, and phases are those after the rotation by posi
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.errors import UserError
 from vqcx_jax.ops.attention.planes import smooth_amplitude, to_pair
 
 
@@ -46,7 +47,14 @@ def phase_contrastive_loss(
         float32 scalar, the mean over valid rows; 0 without any. It holds a (B, N, N) array.
         Gradients are finite everywhere; planes much smaller than `planes.EPSILON` have no phase
         and count for less.
+
+    Raises:
+        UserError: drop_rate is not in [0, 1), or temperature is not positive.
     """
+    if not 0 <= drop_rate < 1:
+        raise UserError(f"drop_rate={drop_rate}: must be at least 0 and below 1")
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature}: must be positive")
     first, second = (_dropped_phases(x, half, drop_rate) for half in jax.random.split(key))
     similarity = jnp.einsum("bnf,bjf->bnj", first, second) / temperature
     if valid is None:
