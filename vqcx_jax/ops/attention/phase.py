@@ -7,16 +7,16 @@ counts. As one float32 product it would be rounded to 6e-8 of itself: to 6e-5 ra
 import jax
 import jax.numpy as jnp
 
-# 2 pi as numbers of 8, 11 and 24 bits: whole multiples of the first two are exact to 2^13 turns.
-_TURN = (6.28125, 0.0019350051879882812, 3.019916050561733e-07)
+# 2 pi as a number of 8 bits, of which up to 2^16 turns are exact, and the rest.
+_TURN = (6.28125, 0.0019353071795864769)
 
 
 def position_angle(positions: jax.Array, frequencies: jax.Array) -> jax.Array:
     """Position times frequency less whole turns, to 2^-31 of the position (2e-6 at 2^12) or 3e-7.
 
-    Up to position 2^16: products with the first 8 bits of a frequency are exact so far, and so is
-    taking off 2^13 turns of them. What the other bits give is below 1/128 of the position and is
-    rounded twice. Runs in Pallas kernels, too.
+    Up to position 2^16: products with the first 8 bits of a frequency are exact so far, and all but
+    a thousandth of their turns is taken off exactly. What the other bits give is below 1/128 of the
+    position, and is rounded twice. Runs in Pallas kernels, too.
 
     Args:
         positions: float32, whole numbers. frequencies: float32, radians per position. Shapes that
