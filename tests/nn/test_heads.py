@@ -473,12 +473,14 @@ def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     chex.assert_trees_all_close(np.float64(actual), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
-def test_labels_of_narrow_integers(dtype: Any) -> None:
-    """156 of uint8 is no -100, and a vocabulary may have more tokens than a dtype has values."""
+@pytest.mark.parametrize(
+    ("dtype", "label"), [(np.uint8, 156), (np.int8, 120), (np.uint16, 5000), (np.int16, 5000)]
+)
+def test_labels_of_narrow_integers(dtype: Any, label: int) -> None:
+    """156 of uint8 is no -100; 70,000 is 112 of 8 bits and 4,464 of 16, which others are above."""
     head = new_head("full", 70_000)
     h = jnp.ones((1, 2, 8))
-    labels = np.array([[3, 100]], dtype) if dtype == np.int8 else np.array([[3, 156]], dtype)
+    labels = np.array([[3, label]], dtype)
     expected = jax.jit(head.nll)(h, jnp.asarray(labels, jnp.int32))
     for nll in (head.nll, jax.jit(head.nll)):
         chex.assert_trees_all_equal(nll(h, jnp.asarray(labels)), expected)
@@ -509,7 +511,7 @@ def test_labels_are_integers(h: jax.Array) -> None:
         ),
         (
             partial(HuffmanHead, jnp.full((3, 2), 9), 8),
-            "paths hold step 9; steps must be in 0 .. 4",
+            "paths hold 9: must be in 0 .. 4",
         ),
         (partial(HuffmanHead, jnp.zeros(3, int), 8), r"paths have shape \(3,\)"),
     ],
@@ -517,3 +519,9 @@ def test_labels_are_integers(h: jax.Array) -> None:
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", ["vq", "full", "class_vq"])
+def test_temperature_below_0_is_refused(kind: str, h: jax.Array) -> None:
+    with pytest.raises(UserError, match="temperature=-1.0: must be at least 0"):
+        new_head(kind).sample(h, jax.random.key(0), temperature=-1.0)

@@ -32,12 +32,14 @@ def check_targets(targets: jax.Array | np.ndarray, vocab_size: int) -> None:
     """
     if not np.issubdtype(targets.dtype, np.integer):
         raise UserError(f"targets have dtype {targets.dtype}; they must be integers")
-    if not are_known(targets):
+    check_range("targets", targets, vocab_size)
+
+
+def check_range(name: str, x: jax.Array | np.ndarray, stop: int) -> None:
+    """Raises UserError if numbers that are known are not in [0, stop)."""
+    if not are_known(x):
         return
-    values = np.asarray(targets)
-    wrong = values[(values < 0) | (values >= vocab_size)]
+    values = np.asarray(x)
+    wrong = values[(values < 0) | (values >= stop)]
     if wrong.size:
-        raise UserError(
-            f"targets hold {wrong[0]}: must be in 0 .. {vocab_size - 1} "
-            "(`ops.labels.check_labels` parts tokens from labels that are to be ignored)"
-        )
+        raise UserError(f"{name} hold {wrong[0]}: must be in 0 .. {stop - 1}")

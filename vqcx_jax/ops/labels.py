@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.checks import are_known
 
 # The label of a position that has no loss (PyTorch's and Hugging Face's convention).
 IGNORE_ID = -100
@@ -50,7 +51,7 @@ def check_labels(labels: jax.Array, vocab_size: int) -> Labels:
     is_ignored = labels == IGNORE_ID
     is_invalid = ((labels < 0) | (labels >= vocab_size)) & ~is_ignored
     accepted = f"labels must be in 0 .. {vocab_size - 1}, or {IGNORE_ID} to be ignored"
-    if isinstance(is_invalid, jax.core.Tracer):
+    if not are_known(is_invalid):
         checkify.debug_check(~jnp.any(is_invalid), accepted)
     elif np.any(is_invalid):
         wrong = np.asarray(labels)[np.asarray(is_invalid)][0]

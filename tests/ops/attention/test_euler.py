@@ -244,3 +244,10 @@ def test_amplitude_is_kept() -> None:
         return jnp.hypot(*jnp.split(z, 2, axis=-1))
 
     chex.assert_trees_all_close(radius(y), radius(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tiny", [[0.0, 5e-38], [-5e-38, 0.0], [8e-38, 8e-38]])
+def test_what_has_no_phase_has_the_gradient_of_zero(tiny: list[float]) -> None:
+    delta, bias = jnp.asarray([0.7]), jnp.asarray([0.3])
+    jacobian = jax.jit(jax.jacfwd(lambda x: euler_adapt(x, delta, bias)))
+    chex.assert_trees_all_close(jacobian(jnp.asarray(tiny)), jacobian(jnp.zeros(2)), rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.codebook import loss, multi, reference
+from vqcx_jax.ops.codebook import bilinear, loss, multi, reference
 
 pytestmark = oldest_jax
 
@@ -138,3 +138,28 @@ def test_closed_forms_have_no_kernel() -> None:
     code_logits = multi.additive_code_logits(x["h"], x["codebooks"])
     with pytest.raises(UserError, match="implementation='pallas_tpu': must be 'xla' or None"):
         loss.log_z(code_logits, x["assignment"], implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": jnp.asarray([30])}, "targets hold 30: must be in 0 .. 29"),
+        ({"assignment": jnp.full((30, 2), 4)}, "assignment holds code 4; codes must be in 0 .. 3"),
+        ({"assignment": jnp.zeros((4, 2), int)}, "num_codes=5: must be at most the 4 tokens"),
+        ({"bias": jnp.zeros(1)}, r"bias has shape \(1,\); it must have one value a token"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Any, message: str) -> None:
+    """Where values are known, by each path; code 4 is of the first codebook alone."""
+    given = {
+        "assignment": jnp.zeros((30, 2), int),
+        "targets": jnp.asarray([3]),
+        "bias": None,
+    } | change
+    code_logits = jnp.ones((1, 5)), jnp.ones((1, 4))
+    for nll in (loss.nll, bilinear.nll):
+        with pytest.raises(UserError, match=message):
+            nll(code_logits, **given)
+    codebooks = jnp.ones((5, 6)), jnp.ones((4, 6))
+    with pytest.raises(UserError, match=message):
+        loss.summed_nll(jnp.ones((1, 6)), codebooks, counts=jnp.ones(1, bool), **given)

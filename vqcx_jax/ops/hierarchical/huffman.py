@@ -7,10 +7,9 @@ one length, see `trees.huffman_paths`.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.checks import are_known
+from vqcx_jax.ops.checks import check_range
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax.full import logits
 from vqcx_jax.ops.varying import varying_like
@@ -70,12 +69,7 @@ def check_paths(paths: jax.Array) -> None:
     """Raises UserError unless paths are (V, L) and, where they are known, over V - 1 nodes."""
     if paths.ndim != 2:
         raise UserError(f"paths have shape {paths.shape}; they must be (V, L)")
-    most = 2 * (paths.shape[0] - 1)
-    if are_known(paths):
-        steps = np.asarray(paths)
-        wrong = steps[(steps < 0) | (steps > most)]
-        if wrong.size:
-            raise UserError(f"paths hold step {wrong[0]}; steps must be in 0 .. {most}")
+    check_range("paths", paths, 2 * paths.shape[0] - 1)
 
 
 def _decode(step: jax.Array) -> tuple[jax.Array, jax.Array]:
