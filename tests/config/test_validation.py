@@ -54,6 +54,7 @@ def make(**overrides: str) -> Config:
         (CLASSES | {"model.vocab_size": "259", "model.head.num_frequent": "258"}, 1),
         (CLASSES | {"model.vocab_size": "259", "model.head.num_classes": "259"}, 1),
         (CLASSES | FROM_FILE, 1),
+        (CLASSES | {"model.head.tied": "true"}, 1),
         (CLASSES | {"model.head.assignment": "random", "model.head.code_init": "random"}, 1),
         ({"optimizer.schedule": "constant", "train.steps": "10"}, 1),
         ({"optimizer.schedule": "wsd", "optimizer.warmup_steps": "240"}, 1),

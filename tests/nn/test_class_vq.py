@@ -58,6 +58,18 @@ def test_nll_and_top_k_are_those_of_the_logits(
     chex.assert_trees_all_close(log_probs, jax.lax.top_k(z, 5)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("token_scale", [True, False])
+def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
+    """Those of which the logits of the first level are made, for every token."""
+    head, tokens = make_head(token_scale=token_scale), jnp.arange(V).reshape(4, 6)
+    codebooks, codes = np.asarray(head.codebooks[...]), np.asarray(CODES[:V])
+    expected = np.concatenate([codebooks[m][codes[:, m]] for m in range(M)], axis=-1)
+    if token_scale:
+        expected = expected * np.asarray(head.scale[...])[:V, None]
+    embedded = head.embed(tokens)
+    chex.assert_trees_all_close(embedded.reshape(V, D), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"top_k": 4}], ids=str)
 def test_samples(options: dict[str, Any], h: jax.Array) -> None:
     head, row = make_head(), h[:1, :1]
@@ -84,7 +96,8 @@ def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     @jax.jit
     def loss_and_gradients(params: Any, buffers: Any, h: jax.Array, targets: jax.Array) -> Any:
         def loss(params: Any, h: jax.Array) -> jax.Array:
-            return jnp.sum(nnx.merge(graphdef, params, buffers).nll(h, targets)[0])
+            head = nnx.merge(graphdef, params, buffers)
+            return jnp.sum(head.nll(h + head.embed(targets), targets)[0])  # Tied.
 
         return jax.value_and_grad(loss, (0, 1))(params, h)
 

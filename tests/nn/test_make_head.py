@@ -46,8 +46,8 @@ CASES: dict[str, tuple[schema.HeadConfig, type]] = {
     # 10 classes of the 19 tokens that are not frequent: one has a token less than the others.
     "classes": (schema.ClassVQHead(**CLASSES), heads.ClassVQHead),
     # 3 classes of 29 tokens, of 9 or 10.
-    "classes, all tokens": (
-        schema.ClassVQHead(**CLASSES, num_classes=3, num_frequent=0, token_scale=False),
+    "classes, all tokens, tied": (
+        schema.ClassVQHead(**CLASSES, num_classes=3, num_frequent=0, token_scale=False, tied=True),
         heads.ClassVQHead,
     ),
     "classes, one codebook": (

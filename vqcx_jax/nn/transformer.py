@@ -9,7 +9,7 @@ from flax import nnx
 from vqcx_jax.config import schema
 from vqcx_jax.maps import TokenMap
 from vqcx_jax.nn.attention import Attention, KVCache, TokenInfo
-from vqcx_jax.nn.heads import FullHead, Head, MultiVQHead, make_head
+from vqcx_jax.nn.heads import ClassVQHead, FullHead, Head, MultiVQHead, make_head
 from vqcx_jax.nn.layers import HIDDEN, MLP, ROWS, Embedding, RMSNorm
 from vqcx_jax.sharding import constrain
 
@@ -79,7 +79,8 @@ class Transformer(nnx.Module):
         rules = rules or schema.ShardingRules()
         # With a tied head, its weights are the embedding's table. They are at one place only: a
         # module is a pytree, and what stands at two places of one is two arrays after jax.jit.
-        tied = isinstance(config.head, schema.FullHead | schema.VQHead) and config.head.tied
+        can_tie = schema.FullHead | schema.VQHead | schema.ClassVQHead
+        tied = isinstance(config.head, can_tie) and config.head.tied
         self.embedding = None if tied else _embedding(config, rules, rngs)
         # One Block whose arrays have a leading layer axis: the layers are scanned, so that
         # compile time does not grow with depth.
@@ -170,7 +171,7 @@ class Transformer(nnx.Module):
         """What the first layer is given, (B, T, D)."""
         if self.embedding is not None:
             return self.embedding(tokens_BxT)
-        assert isinstance(self.head, FullHead | MultiVQHead)
+        assert isinstance(self.head, FullHead | MultiVQHead | ClassVQHead)
         return self.head.embed(tokens_BxT)
 
 

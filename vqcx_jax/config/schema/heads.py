@@ -82,6 +82,8 @@ class ClassVQHead:
     token_map: str | None = None
     code_init: Literal["random", "centroids"] = "centroids"
     token_scale: bool = True
+    # As in VQHead.
+    tied: bool = False
     token_bias: bool = True
     # As in VQHead; a class's bias starts at its tokens' share.
     bias_init: BiasInit = "counts"
@@ -116,6 +118,7 @@ class ClassVQHead:
             token_map=self.token_map,
             code_init=self.code_init,
             token_scale=self.token_scale,
+            tied=self.tied,
             token_bias=self.token_bias,
             bias_init=self.bias_init,
         )

@@ -11,7 +11,7 @@ from vqcx_jax.config.schema.types import HeadImplementation
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.base import Sampler, named
 from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
-from vqcx_jax.nn.layers import HIDDEN
+from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling
 from vqcx_jax.ops.checks import check_shape
@@ -161,6 +161,15 @@ class ClassVQHead(NormalizedHead):
 
         is_plain = jnp.asarray(temperature) == 1
         return lambda h_BxTxD, key: jax.lax.cond(is_plain, sample, by_logits, h_BxTxD, key)
+
+    def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+        """The vectors of the tokens, (B, T, D): an input embedding tied to the output layer."""
+
+        def embed(tokens_BxT: jax.Array, arrays: Any) -> tuple[jax.Array]:
+            weights, _ = arrays
+            return (classes.token_vectors(weights, tokens_BxT),)
+
+        return per_device(embed, [ROWS, ()], [HIDDEN], self.rules)(tokens_BxT, self._arrays())[0]
 
     def _looks_into_classes(self) -> bool:
         """Accelerators make all logits at once: they have one program for it, and no loop."""

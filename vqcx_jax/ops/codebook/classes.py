@@ -43,6 +43,7 @@ __all__ = [
     "nll",
     "num_frequent",
     "summed_nll",
+    "token_vectors",
 ]
 
 
@@ -138,10 +139,19 @@ def log_probs(
 
 def entry_vectors(weights: Weights, classes: Classes) -> jax.Array:
     """Vectors of the first level, (F + C, D), for `entry_logits`: they depend on no position."""
+    return _vectors(weights, weights.codes.of_entries, classes.entries)
+
+
+def token_vectors(weights: Weights, tokens: jax.Array) -> jax.Array:
+    """Vectors of tokens, int (...) in [0, V): (..., D), for an embedding of the same codes."""
+    return _vectors(weights, weights.codes.of_nodes[tokens], tokens)
+
+
+def _vectors(weights: Weights, codes: jax.Array, nodes: jax.Array) -> jax.Array:
     codebooks = tuple(weights.codebooks.astype(jnp.float32))
-    vectors = multi.product_vectors(codebooks, weights.codes.of_entries.astype(jnp.int32))
+    vectors = multi.product_vectors(codebooks, codes.astype(jnp.int32))
     if weights.scale is not None:
-        vectors = vectors * weights.scale[classes.entries, None]
+        vectors = vectors * weights.scale[nodes][..., None]
     return vectors.astype(weights.codebooks.dtype)
 
 
