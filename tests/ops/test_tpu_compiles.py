@@ -22,14 +22,16 @@ from vqcx_jax.ops.codebook import classes, scatter, streaming
 pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+OTHER_CHIPS = [pytest.param(chip, "bfloat16", marks=newest_jax) for chip in ("v5e", "tpu7x")]
 CHIPS_AND_DTYPES = [
     ("v5p", "bfloat16"),
     *(pytest.param(chip, "float32", marks=newest_jax) for chip in ("v5p", "v6e")),
+    *OTHER_CHIPS,
 ]
 EVERY_CHIP = [
     ("v5p", "bfloat16"),
     pytest.param("v6e", "float32", marks=newest_jax),
-    *(pytest.param(chip, "bfloat16", marks=newest_jax) for chip in ("v5e", "tpu7x")),
+    *OTHER_CHIPS,
 ]
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 
@@ -215,12 +217,12 @@ def test_classes(chip: str, dtype: str) -> None:
     ],
 )
 def test_flash_attention(chip: str, width: int, amplitude: Any) -> None:
-    """Ragged, grouped, with everything that there is."""
-    length, num_heads, num_kv_heads = 1500, 4, 2
+    """Ragged, grouped, with everything that there is; on v6e four chips, each with a row."""
+    length, num_heads, num_kv_heads, num_chips = 1500, 4, 2, 4 if chip == "v6e" else 1
     num_planes = width if amplitude == "softplus" else width // 2
 
-    def loss(q: Any, k: Any, v: Any, phases: Any, positions: Any, segment_ids: Any) -> jax.Array:
-        y = flash_attention.attend(
+    def attend(q: Any, k: Any, v: Any, phases: Any, positions: Any, segment_ids: Any) -> jax.Array:
+        return flash_attention.attend(
             q,
             k,
             v,
@@ -232,18 +234,24 @@ def test_flash_attention(chip: str, width: int, amplitude: Any) -> None:
             window=1000,
             soft_cap=50.0,
         )
+
+    def loss(*arrays: Any) -> jax.Array:
+        rows, whole = jax.P("data"), jax.P()
+        in_specs = (rows, rows, rows, whole, rows, rows)
+        y = jax.shard_map(attend, in_specs=in_specs, out_specs=rows)(*arrays)
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
-    with jax.set_mesh(mesh_of(chip, 1)):
+    with jax.set_mesh(mesh_of(chip, num_chips)):
         of_key_heads = abstract((num_kv_heads, num_planes), "float32")
         phases = {
             "frequencies": of_key_heads,
             "delta": of_key_heads if amplitude is None else None,
             "bias": abstract((num_heads, num_planes), "float32"),
         }
-        ids = abstract((1, length), "int32")
-        kv = abstract((1, length, num_kv_heads, width), "bfloat16")
-        q = abstract((1, length, num_heads, width), "bfloat16")
+        ids = abstract((num_chips, length), "int32", jax.P("data", None))
+        of_row = jax.P("data", None, None, None)
+        kv = abstract((num_chips, length, num_kv_heads, width), "bfloat16", of_row)
+        q = abstract((num_chips, length, num_heads, width), "bfloat16", of_row)
         compile_for(jax.value_and_grad(loss, (0, 1, 2, 3)), q, kv, kv, phases, ids, ids)
 
 
