@@ -223,7 +223,7 @@ def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
     return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
 
-def decoding_loop(head: heads.Head, sizes: Sizes) -> Callable[[int], float]:
+def decoding_loop(head: heads.Head, sizes: Sizes, top_p: float | None) -> Callable[[int], float]:
     """A function that decodes so many tokens and returns the seconds it took."""
     graphdef, params, buffers = functional.split(head)
     states = np.random.default_rng(3).standard_normal((256, sizes.dim))
@@ -232,7 +232,8 @@ def decoding_loop(head: heads.Head, sizes: Sizes) -> Callable[[int], float]:
     def decode(
         num_tokens: Any, temperature: Any, params: Any, buffers: Any, states_SxD: Any, key: Any
     ) -> jax.Array:
-        sample = nnx.merge(graphdef, params, buffers).sampler(temperature=temperature)
+        head = nnx.merge(graphdef, params, buffers)
+        sample = head.sampler(temperature=temperature, top_p=top_p)
 
         def step(index: Any, token_1x1: jax.Array) -> jax.Array:
             h_1x1xD = states_SxD[token_1x1 % len(states_SxD)]
@@ -307,7 +308,7 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
     print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
-    loops = {name: decoding_loop(made[name], sizes) for name in DECODERS if name in made}
+    loops = {n: decoding_loop(made[n], sizes, args.top_p) for n in DECODERS if n in made}
     decoding = measure_decoding(loops, args.repeats)
     once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
     print_table("decoding step", "once, ms", {n: (decoding[n].seconds, once[n]) for n in decoding})
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
     parser.add_argument("--codes", type=int, nargs="+", default=[503])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--top_p", type=float, help="of decoding; all tokens without it")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--max_gb", type=float, default=8.0)
     parser.add_argument("--rows", nargs="+", choices=[*HEADS], default=[*HEADS], metavar="NAME")

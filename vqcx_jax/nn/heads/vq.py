@@ -130,20 +130,12 @@ class VQHead(Head):
         top_k: int | None = None,
         top_p: float | jax.Array | None = None,
     ) -> Sampler:
-        """See `Head.sampler`. O(K) per position, and O(k^2) more with top_k.
-
-        V logits are made, and sorted, for top_p without top_k alone: a nucleus has no bound on its
-        size.
-        """
-        if top_k is None and top_p is not None:
-            return lambda h_BxTxD, key: sampling.sample(
-                self.logits(h_BxTxD), key, temperature=temperature, top_p=top_p
-            )
+        """See `Head.sampler`. O(K) per position, and O(k^2) more with top_k; never V logits."""
         # Not kept as buffers: the order follows from the biases, which training changes.
         codes, assignment, bias = self._arrays()
         table = codebook_sampling.token_table(assignment, codes.shape[0], bias)
         if top_k is None:
-            draw = codebook_sampling.sampler(table, temperature)
+            draw = codebook_sampling.sampler(table, temperature, top_p)
             return lambda h_BxTxD, key: draw(self._code_logits(h_BxTxD, codes), key)
         k = min(top_k, assignment.shape[0])
 

@@ -1,73 +1,33 @@
 """Tokens from code logits: the k most probable ones, and one drawn, without V logits.
 
-Tokens of a code share its logit, so that within a code the order of tokens is that of their
-biases and their distribution is softmax(bias / temperature), whatever the hidden state. Both are
-tables: the tokens of each code side by side, the largest bias first, made once for many positions.
+Both go by tables of the tokens of each code, see `token_table`.
 
 `top_k`. A token that comes i-th in the r-th best code has i + r better ones before it, those of
 its own code and the best of r others; so k (k + 1) / 2 tokens of k codes hold the k best of all V.
 
 `sampler`. p(v) = p(code) p(v | code): the code by its summed probability, then the token by a
-binary search in the code's cumulative sums. Sums start anew in every code: those of one code would
-drown in the roundings of a sum over all V. `cell_sampler` does the same for two codebooks.
+binary search in the code's cumulative sums; with top_p, of those tokens alone that are in the
+nucleus. `cell_sampler` does the same for two codebooks, without top_p.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vqcx_jax.ops.codebook.multi import CodeLogits
-from vqcx_jax.ops.sampling import check_k, check_temperature, first_of_sorted
+from vqcx_jax.ops.codebook.nucleus import nucleus
+from vqcx_jax.ops.codebook.token_table import (
+    TokenTable,
+    draw_within,
+    mass_of_first,
+    token_masses,
+    token_table,
+)
+from vqcx_jax.ops.sampling import check_k, check_temperature, check_top_p, first_of_sorted
 
-
-class TokenTable(NamedTuple):
-    """Tokens by code, then by bias from large to small, then by id; and where each code begins.
-
-    Attributes:
-        tokens, codes: int32 (V,), a token and its code. bias: float32 (V,), that of the token.
-        starts, counts: int32 (K,), the place of a code's first token, and how many it has.
-        best_bias: float32 (K,), the largest bias; -inf for a code without tokens.
-        by_first_token: int32 (K,), codes ordered by the id of their first token.
-    """
-
-    tokens: jax.Array
-    codes: jax.Array
-    bias: jax.Array
-    starts: jax.Array
-    counts: jax.Array
-    best_bias: jax.Array
-    by_first_token: jax.Array
-
-
-def token_table(assignment: jax.Array, num_codes: int, bias: jax.Array | None = None) -> TokenTable:
-    """The table of a token map and its biases, by one sort of V tokens.
-
-    Args:
-        assignment: int (V,), values in [0, num_codes).
-        bias: (V,) or None for zero.
-    """
-    (vocab_size,) = assignment.shape
-    ids = jnp.arange(vocab_size, dtype=jnp.int32)
-    if bias is None:
-        bias = jnp.zeros(assignment.shape, jnp.float32)
-    keys = (assignment.astype(jnp.int32), -bias.astype(jnp.float32), ids)
-    codes, negative_bias, tokens = jax.lax.sort(keys, num_keys=3)
-    counts = jnp.zeros((num_codes,), jnp.int32).at[codes].add(1)
-    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
-    first = jnp.minimum(starts, vocab_size - 1)
-    first_token = jnp.where(counts > 0, tokens[first], vocab_size)
-    return TokenTable(
-        tokens=tokens,
-        codes=codes,
-        bias=-negative_bias,
-        starts=starts,
-        counts=counts,
-        best_bias=jnp.where(counts > 0, -negative_bias[first], -jnp.inf),
-        by_first_token=jnp.argsort(first_token).astype(jnp.int32),
-    )
+__all__ = ["TokenTable", "cell_sampler", "sampler", "token_table", "top_k"]
 
 
 def top_k(code_logits: jax.Array, table: TokenTable, k: int) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +69,9 @@ def top_k(code_logits: jax.Array, table: TokenTable, k: int) -> tuple[jax.Array,
 
 
 def sampler(
-    table: TokenTable, temperature: float | jax.Array = 1.0
+    table: TokenTable,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A function that draws tokens from softmax(z / temperature), z as in `top_k`.
 
@@ -118,25 +80,36 @@ def sampler(
 
     Args:
         temperature: 0: the first of `top_k`, whatever the key.
+        top_p: only of the `nucleus`, which is found without V logits. None or 1: of all tokens.
 
     Returns:
         (code_logits, key) -> tokens: float32 (..., K), a typed PRNG key, int32 (...).
 
     Raises:
-        UserError: a temperature below 0, where it is a Python number.
+        UserError: where they are Python numbers, a temperature below 0 or a top_p outside (0, 1].
     """
     check_temperature(temperature)
+    check_top_p(top_p)
     temperature = jnp.asarray(temperature, jnp.float32)
     divisor = _divisor(temperature)
-    log_mass, draw_within = _within(table, divisor)
+    masses = token_masses(table, divisor)
+    log_mass_of_all = jnp.log(mass_of_first(table, masses, table.counts))
 
     def draw(code_logits: jax.Array, key: jax.Array) -> jax.Array:
         code_key, token_key = jax.random.split(key)
         best = code_logits + table.best_bias
         relative = best - jnp.max(best, axis=-1, keepdims=True)
-        code = jax.random.categorical(code_key, relative / divisor + log_mass)
+        if top_p is None:
+            code = jax.random.categorical(code_key, relative / divisor + log_mass_of_all)
+            count = table.counts[code]
+        else:
+            counts = nucleus(code_logits, table, masses, divisor, top_p)
+            log_mass = jnp.log(mass_of_first(table, masses, counts))
+            code = jax.random.categorical(code_key, relative / divisor + log_mass)
+            count = jnp.take_along_axis(counts, code[..., None], axis=-1)[..., 0]
         greedy = top_k(code_logits, table, 1)[1][..., 0]
-        return jnp.where(temperature > 0, draw_within(code, token_key), greedy)
+        drawn = draw_within(table, masses, code, count, token_key)
+        return jnp.where(temperature > 0, drawn, greedy)
 
     return draw
 
@@ -176,7 +149,8 @@ def cell_sampler(
     table = token_table(cells, num_rows * num_columns, bias)
     temperature = jnp.asarray(temperature, jnp.float32)
     divisor = _divisor(temperature)
-    log_mass, draw_within = _within(table, divisor)
+    masses = token_masses(table, divisor)
+    log_mass = jnp.log(mass_of_first(table, masses, table.counts))
     first_token = table.tokens[jnp.minimum(table.starts, vocab_size - 1)]
     best_bias_IxJ, log_mass_IxJ, first_token_IxJ = (
         x.reshape(num_rows, num_columns) for x in (table.best_bias, log_mass, first_token)
@@ -207,7 +181,8 @@ def cell_sampler(
         row_of_codes = jnp.minimum(row, num_rows - 1)
         columns = jnp.take_along_axis(tempered, row_of_codes[..., None, None], axis=-2)
         column = jax.random.categorical(column_key, columns[..., 0, :])
-        token = draw_within(row_of_codes * num_columns + column, token_key)
+        cell = row_of_codes * num_columns + column
+        token = draw_within(table, masses, cell, table.counts[cell], token_key)
         if own_tokens is not None:
             token = jnp.where(row < num_rows, token, own_tokens[row - num_rows])
         return token
@@ -226,52 +201,3 @@ def cell_sampler(
 
 def _divisor(temperature: jax.Array) -> jax.Array:
     return jnp.where(temperature > 0, temperature, 1.0)
-
-
-def _within(
-    table: TokenTable, divisor: jax.Array
-) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-    """Of each code the log of its summed exp((bias - best bias) / divisor), float32 (K,).
-
-    And a function that draws a token of given codes: (int (...), key) -> int32 (...).
-    """
-    mass = jnp.exp((table.bias - table.best_bias[table.codes]) / divisor)
-    cumulative = _cumulative_within(mass, table.codes)
-    # Masses descend: those that are not zero are the first ones of their code. (Of a code whose
-    # biases are all -inf the masses are NaN, and none is counted.)
-    num_drawable = jnp.zeros_like(table.counts).at[table.codes].add(mass > 0)
-    last = jnp.maximum(table.starts + num_drawable - 1, 0)
-    total = jnp.where(num_drawable > 0, cumulative[last], 0.0)
-
-    def draw(code: jax.Array, key: jax.Array) -> jax.Array:
-        target = jax.random.uniform(key, code.shape) * total[code]
-        return table.tokens[_first_above(cumulative, target, table.starts[code], last[code])]
-
-    return jnp.log(total), draw
-
-
-def _cumulative_within(mass_V: jax.Array, codes_V: jax.Array) -> jax.Array:
-    """Cumulative sums that start anew where the code changes."""
-    Sums = tuple[jax.Array, jax.Array]  # A sum, and whether a code began since.
-
-    def join(left: Sums, right: Sums) -> Sums:
-        return jnp.where(right[1], right[0], left[0] + right[0]), left[1] | right[1]
-
-    begins_V = codes_V != jnp.roll(codes_V, 1)
-    return jax.lax.associative_scan(join, (mass_V, begins_V))[0]
-
-
-def _first_above(
-    cumulative_V: jax.Array, target: jax.Array, low: jax.Array, high: jax.Array
-) -> jax.Array:
-    """The first place in low .. high whose cumulative sum exceeds target; high if none does."""
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        is_right = (cumulative_V[middle] <= target) & (low < high)
-        return jnp.where(is_right, middle + 1, low), jnp.where(is_right, high, middle)
-
-    # Unrolled: on a GPU, one program instead of a few for each step.
-    steps = len(cumulative_V).bit_length()
-    return jax.lax.fori_loop(0, steps, halve, (low, high), unroll=True)[0]

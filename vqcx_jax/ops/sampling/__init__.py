@@ -3,16 +3,18 @@
 from vqcx_jax.ops.sampling.categorical import (
     check_k,
     check_temperature,
+    check_top_p,
     first_of_sorted,
-    nucleus,
     sample,
     sample_listed,
     top_k,
 )
+from vqcx_jax.ops.sampling.nucleus import nucleus
 
 __all__ = [
     "check_k",
     "check_temperature",
+    "check_top_p",
     "first_of_sorted",
     "nucleus",
     "sample",

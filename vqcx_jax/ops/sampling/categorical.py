@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.sampling.nucleus import nucleus
 
 
 def sample(
@@ -34,8 +35,7 @@ def sample(
         sample(logits, jax.random.key(0), temperature=0.8, top_k=50, top_p=0.95)
     """
     check_temperature(temperature)
-    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
+    check_top_p(top_p)
     if top_k is not None:
         listed, ids = _top_k(logits, min(top_k, logits.shape[-1]))
         return sample_listed(listed, ids, key, temperature=temperature, top_p=top_p)
@@ -85,28 +85,6 @@ def top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return listed - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
 
 
-def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
-    """Logits with -inf outside of the nucleus (Holtzman et al. 2020).
-
-    The nucleus is the smallest set of the most probable ids whose probabilities add up to top_p,
-    and all that are as probable as the least of them: which ids it holds does not depend on how
-    equals are ordered. Sums are float32: top_p is met to 1e-6 or so.
-
-    Args:
-        logits: float32 (..., V). top_p: in (0, 1]; 1 keeps everything.
-
-    Returns:
-        float32 (..., V).
-    """
-    top_p = jnp.asarray(top_p, jnp.float32)
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    mass = jnp.cumsum(jnp.exp(descending - descending[..., :1]), axis=-1)
-    mass_before = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], axis=-1)
-    is_inside = (mass_before < top_p * mass[..., -1:]) | (top_p >= 1)
-    least = jnp.min(jnp.where(is_inside, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
 def first_of_sorted(z: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest of z and their ids, in order; of equals, the lowest id first.
 
@@ -132,6 +110,12 @@ def check_temperature(temperature: float | jax.Array) -> None:
     """Raises UserError if it is a Python number below 0, or none."""
     if isinstance(temperature, int | float) and not temperature >= 0:
         raise UserError(f"temperature={temperature}: must be at least 0")
+
+
+def check_top_p(top_p: float | jax.Array | None) -> None:
+    """Raises UserError if it is a Python number outside of (0, 1]."""
+    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
 
 
 def check_k(k: int, vocab_size: int) -> None:

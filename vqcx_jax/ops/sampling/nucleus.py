@@ -1,0 +1,64 @@
+"""The tokens that top-p leaves (Holtzman et al. 2020), without a sort.
+
+The least logit of the nucleus is looked for among all float32 numbers, by halves: at most 32 sums
+over the vocabulary, which take less time than a sort of it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SIGN = np.int32(2**31 - 1)
+
+
+def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Logits with -inf outside of the nucleus.
+
+    The nucleus is the smallest set of the most probable ids whose probabilities add up to top_p,
+    and all that are as probable as the least of them: which ids it holds does not depend on how
+    equals are ordered. Sums are float32: top_p is met to 1e-6 or so.
+
+    Args:
+        logits: float32 (..., V). top_p: in (0, 1]; 1 keeps everything.
+
+    Returns:
+        float32 (..., V).
+    """
+    top_p = jnp.asarray(top_p, jnp.float32)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    enough = top_p * jnp.sum(weights, axis=-1, keepdims=True)
+
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Above `low` there is enough, above `high` there is not."""
+        low, high = bounds
+        middle = mean_place(low, high)
+        above = jnp.where(logits > number_at(middle), weights, 0.0)
+        is_enough = jnp.sum(above, axis=-1, keepdims=True) >= enough
+        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
+
+    bounds = first_bounds(peak)
+    low, _ = jax.lax.while_loop(lambda b: jnp.any(b[0] + 1 < b[1]), halve, bounds)
+    return jnp.where((logits > number_at(low)) | (top_p >= 1), logits, -jnp.inf)
+
+
+def first_bounds(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Places, int32, of -inf and of the largest logits: above one is all, above the other none."""
+    return jnp.full_like(peak, place_of(jnp.float32(-jnp.inf)), jnp.int32), place_of(peak)
+
+
+def place_of(x: jax.Array) -> jax.Array:
+    """Of float32 numbers in the order of all of them, int32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ _SIGN, bits)
+
+
+def number_at(place: jax.Array) -> jax.Array:
+    """The float32 numbers at places."""
+    bits = jnp.where(place < 0, place ^ _SIGN, place)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def mean_place(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Half-way between two places, rounded down; their sum might overflow."""
+    return (low & high) + ((low ^ high) >> 1)
