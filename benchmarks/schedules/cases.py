@@ -494,6 +494,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "top_k 16x16": functools.partial(_best, 16, 16),
     "classes 16x256": functools.partial(_classes, 16, 256),
     "classes 64x16": functools.partial(_classes, 64, 16),
+    "classes 64x64": functools.partial(_classes, 64, 64),
     "one codebook": functools.partial(_one_codebook, "pallas_tpu"),
     "one codebook, XLA": functools.partial(_one_codebook, "xla"),
     "two codebooks": functools.partial(_two_codebooks, "pallas_tpu"),

@@ -339,6 +339,20 @@ def test_damaged_map_of_the_text_is_made_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(TokenMap.load(path).codes, made.codes)
 
 
+def test_map_of_the_text_that_was_made_in_another_way_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "map.npz"
+    options = Options(method="product", num_codes=8, num_codebooks=3, rotate=False)
+    counts = np.bincount(TEXT, minlength=40)
+    map_from_vectors(
+        np.random.default_rng(1).standard_normal((40, 12)), counts, options, seed=0
+    ).save(path)
+    head: dict[str, Any] = {"num_codebooks": 3, "form": "product", "code_init": "centroids"}
+    made = cooccurrence(path, **head)
+    assert made.provenance["options"]["rotate"]
+    np.testing.assert_array_equal(made.codes, cooccurrence(**head).codes)
+    np.testing.assert_array_equal(TokenMap.load(path).codes, made.codes)
+
+
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
 def test_classes_of_the_text(tmp_path: Path, num_codebooks: int, scale: bool) -> None:

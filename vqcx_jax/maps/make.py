@@ -146,9 +146,11 @@ def _from_documents(
     cached_at: Path | None,
 ) -> TokenMap:
     if cached_at is not None and cached_at.exists():
-        # A damaged file is made again.
+        # A damaged file, or one that was made in another way, is made again.
         with contextlib.suppress(DataError):
-            return TokenMap.load(cached_at, vocab_size=len(counts))
+            token_map = TokenMap.load(cached_at, vocab_size=len(counts))
+            if token_map.provenance.get("options") == dataclasses.asdict(options):
+                return token_map
     num_slices = options.num_codebooks if options.method == "product" else 1
     rank = rank_for(embed_dim, num_slices)
     vectors = cooccurrence_vectors(documents(), len(counts), rank)
