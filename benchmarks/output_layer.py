@@ -79,13 +79,13 @@ def product_16(sizes: Sizes, expand: bool) -> heads.Head:
     return heads.MultiVQHead(assignment, codes, sizes.dim, **options)
 
 
-def product_16_in_classes(sizes: Sizes) -> heads.Head:
-    """With the sizes that `schema.ClassVQHead` has by default."""
-    rng, codes = np.random.default_rng(0), min(256, sizes.vocab)
+def product_in_classes(sizes: Sizes, num_codebooks: int, num_codes: int) -> heads.Head:
+    """With as many classes as `schema.ClassVQHead` has by default."""
+    rng, codes = np.random.default_rng(0), min(num_codes, sizes.vocab)
     num_classes, num_frequent, _ = schema.ClassVQHead().sizes(sizes.vocab)
     rest = rng.permutation(np.arange(sizes.vocab - num_frequent) % num_classes)
     class_of = np.append(np.full(num_frequent, -1), rest).astype(np.int32)
-    assignment = jnp.asarray(rng.integers(codes, size=(sizes.vocab + num_classes, 16)))
+    assignment = jnp.asarray(rng.integers(codes, size=(sizes.vocab + num_classes, num_codebooks)))
     tokens = classes.arrange(class_of, num_classes)
     options = {"token_scale": True, **common(sizes)}
     return heads.ClassVQHead(tokens, assignment, codes, sizes.dim, **options)
@@ -123,7 +123,8 @@ HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
     "VQ M=1, no bias": (lambda s: vq(s, token_bias=False), False),
     "VQ M=1": (lambda s: vq(s, token_bias=True), False),
     "VQ M=2, sqrt(V) codes each": (two_codebooks, False),
-    "VQ product M=16 in classes": (product_16_in_classes, False),
+    "VQ product M=16 in classes": (lambda s: product_in_classes(s, 16, 256), False),
+    "VQ product M=64 in classes": (lambda s: product_in_classes(s, 64, 64), False),
     "VQ product M=16, vectors": (lambda s: product_16(s, expand=True), True),
     "VQ product M=16, codes": (lambda s: product_16(s, expand=False), False),
 }
@@ -132,6 +133,7 @@ DECODERS = (
     "VQ M=1",
     "VQ M=2, sqrt(V) codes each",
     "VQ product M=16 in classes",
+    "VQ product M=64 in classes",
 )
 
 

@@ -1,6 +1,6 @@
 """C4 on one host: a GPT-2-small shape for 2.6 billion tokens.
 
-Trunk 85.0M parameters, input embedding 25.2M, codebook 0.2M, a bias and a scale per
+Trunk 85.0M parameters, input embedding 25.2M, codebook 0.05M, a bias and a scale per
 token 0.07M (a full output layer: 25.2M).
 """
 

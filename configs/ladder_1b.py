@@ -1,6 +1,6 @@
 """Ladder, 1B: C4, 20 tokens per parameter (25 billion), grouped-query attention, FSDP.
 
-Trunk 973M parameters, input embedding 268M, codebook 0.5M, a bias and a scale per
+Trunk 973M parameters, input embedding 268M, codebook 0.1M, a bias and a scale per
 token 0.27M (a full output layer: 268M). For 8 devices or more; with little memory, split
 the batch: --config.train.grad_accumulation=4.
 """

@@ -1,6 +1,6 @@
 """Ladder, 30M: C4, 20 tokens per parameter (0.6 billion).
 
-Trunk 17.7M parameters, input embedding 12.6M, codebook 0.1M, a bias and a scale per
+Trunk 17.7M parameters, input embedding 12.6M, codebook 0.02M, a bias and a scale per
 token 0.07M (a full output layer: 12.6M).
 """
 

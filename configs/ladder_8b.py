@@ -1,6 +1,6 @@
 """Ladder, 8B: C4, 20 tokens per parameter (151 billion), grouped-query attention, FSDP.
 
-Trunk 6.98B parameters, input embedding 537M, codebook 1.0M, a bias and a scale per
+Trunk 6.98B parameters, input embedding 537M, codebook 0.3M, a bias and a scale per
 token 0.27M (a full output layer: 537M). For 64 devices or more; with fewer, split the batch:
 --config.train.grad_accumulation=8.
 """

@@ -17,7 +17,7 @@ def get_config() -> schema.Config:
             head_dim=32,
             mlp_dim=512,
             attention=schema.PopeAttention(),
-            head=schema.ClassVQHead(num_codes=64),
+            head=schema.ClassVQHead(num_codebooks=16),
         ),
         data=schema.Data(
             dataset=schema.PythonStdlib(),

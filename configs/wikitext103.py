@@ -18,7 +18,7 @@ def get_config() -> schema.Config:
             head_dim=64,
             mlp_dim=1408,
             attention=schema.PopeAttention(),
-            head=schema.ClassVQHead(),
+            head=schema.ClassVQHead(num_codebooks=16, num_codes=256),
             dtype="bfloat16",
         ),
         data=schema.Data(

@@ -1,6 +1,6 @@
 """WikiText-2 at word level (V = 33,278) with product codes in classes: about 4 epochs.
 
-Trunk 3.2M parameters, input embedding 8.5M, codebook 0.07M, a bias and a scale per token 0.07M (a
+Trunk 3.2M parameters, input embedding 8.5M, codebook 0.02M, a bias and a scale per token 0.07M (a
 full output layer: 8.5M). The paper's form, one code a token, see docs/output_layer.md:
 --config.model.head.kind=vq --config.model.head.num_codes=333
 """

@@ -71,8 +71,9 @@ class ClassVQHead:
     """Product codes in classes: frequent tokens beside classes of the others, tokens in a class."""
 
     kind: Literal["class_vq"] = "class_vq"
-    num_codes: Positive = 256
-    num_codebooks: Positive = 16
+    # Of each codebook, and how many; num_codebooks must divide embed_dim.
+    num_codes: Positive = 64
+    num_codebooks: Positive = 64
     # Classes at the first level. None: 4 sqrt(V), or V / 3 in a small vocabulary.
     num_classes: Positive | None = None
     # So many of the most frequent tokens stand at the first level. None: as many.
