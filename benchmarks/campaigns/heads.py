@@ -77,7 +77,10 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "product 64 x 16 in classes": in_classes(64, 16),
         "product 32 x 64 in classes": in_classes(32, 64),
         "product 64 x 64 in classes": in_classes(64, 64),
-        # The codes of the configurations, also where they are more than 1%.
+        "product 64 x 64 in classes, not rotated": dataclasses.replace(
+            in_classes(64, 64), token_map="product 64 x 64, scale, classes, not rotated"
+        ),
+        # The codes of the configurations before, also where they are more than 1%.
         **({"product 16 x 256 in classes": in_classes(16, 256)} if of_product != 256 else {}),
         "full, from co-occurrence and counts": from_counts(
             Variant({**FULL, "model.head.start": "cooccurrence"})
@@ -180,6 +183,10 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
     for m, k in ((64, 16), (32, 64), (64, 64), (16, 256)):
         options = {**found["product 16, scale"], "num_codebooks": m, "num_codes": k}
         found[f"product {m} x {k}, scale, classes"] = {**options, **classes}
+    found["product 64 x 64, scale, classes, not rotated"] = {
+        **found["product 64 x 64, scale, classes"],
+        "rotate": False,
+    }
     return found
 
 
