@@ -52,9 +52,9 @@ def gram_error(token_map: TokenMap) -> float:
         ("kmeans", {}, 0.65),
         ("residual", {}, 0.45),
         ("residual", {"scale": True}, 0.25),
-        ("product", {"rotate": False}, 0.6),
-        ("product", {}, 0.55),  # Rotated.
-        ("product", {"scale": True, "own": 20}, 0.4),
+        ("product", {}, 0.6),
+        ("product", {"rotate": True}, 0.55),
+        ("product", {"rotate": True, "scale": True, "own": 20}, 0.4),
         ("residual", {"scale": True, "own": 50, "unique": True, "balanced": True}, 0.5),
     ],
 )
@@ -157,7 +157,7 @@ def test_unique() -> None:
 
 @pytest.mark.parametrize("method", ["product", "residual"])
 def test_codebooks_fit_the_codes_that_tokens_have_in_the_end(method: str) -> None:
-    token_map = make(method, num_codes=20, unique=True, rotate=False)
+    token_map = make(method, num_codes=20, unique=True)
     assert token_map.codebooks is not None
     weights = np.maximum(COUNTS, 1) ** 0.5
     rest = VECTORS - quantize.reconstruct(token_map.codes, token_map.codebooks, 8)

@@ -341,14 +341,14 @@ def test_damaged_map_of_the_text_is_made_again(tmp_path: Path) -> None:
 
 def test_map_of_the_text_that_was_made_in_another_way_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "map.npz"
-    options = Options(method="product", num_codes=8, num_codebooks=3, rotate=False)
+    options = Options(method="product", num_codes=8, num_codebooks=3, power=0.25)
     counts = np.bincount(TEXT, minlength=40)
     map_from_vectors(
         np.random.default_rng(1).standard_normal((40, 12)), counts, options, seed=0
     ).save(path)
     head: dict[str, Any] = {"num_codebooks": 3, "form": "product", "code_init": "centroids"}
     made = cooccurrence(path, **head)
-    assert made.provenance["options"]["rotate"]
+    assert made.provenance["options"]["power"] == 0.5
     np.testing.assert_array_equal(made.codes, cooccurrence(**head).codes)
     np.testing.assert_array_equal(TokenMap.load(path).codes, made.codes)
 

@@ -68,7 +68,7 @@ class Flags:
     own: Annotated[NonNegative, "so many of the most frequent tokens keep their own vector"] = 0
     unique: Annotated[bool, "no two tokens share all their codes"] = False
     balanced: Annotated[bool, "codes are used by equally many tokens"] = False
-    rotate: Annotated[bool | None, "product: learn a rotation first; none: yes"] = None
+    rotate: Annotated[bool, "product: learn a rotation first"] = False
     classes: Annotated[NonNegative, "product: put tokens into so many classes, for class_vq"] = 0
     frequent: Annotated[NonNegative, "with classes: most frequent tokens that are in none"] = 0
     dim: Annotated[

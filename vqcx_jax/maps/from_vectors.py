@@ -27,7 +27,7 @@ class Options:
         own: so many of the most frequent tokens get their own vector instead of codes.
         unique: no two tokens share all their codes.
         balanced: every code of a codebook has at most ceil((V - own) / K) tokens (before `unique`).
-        rotate: "product" only: rotate the vectors first, see `quantize.product`. None: if it is.
+        rotate: "product" only: rotate the vectors first, see `quantize.product`.
         classes: "product" only: put tokens into so many classes, see `maps.classes`; 0: none.
         frequent: with classes: so many of the most frequent tokens are in none.
     """
@@ -40,13 +40,11 @@ class Options:
     own: int = 0
     unique: bool = False
     balanced: bool = False
-    rotate: bool | None = None
+    rotate: bool = False
     classes: int = 0
     frequent: int = 0
 
     def __post_init__(self) -> None:
-        if self.rotate is None:
-            object.__setattr__(self, "rotate", self.method == "product")
         if self.method == "kmeans" and self.num_codebooks > 1:
             raise ConfigError(
                 f"num_codebooks={self.num_codebooks}: must be 1 for method='kmeans'; "
@@ -152,7 +150,7 @@ def _quantize(
             seed=seed,
             weights=weights,
             balanced=options.balanced,
-            rotate=bool(options.rotate),
+            rotate=options.rotate,
         )
     return quantize.residual(vectors, *sizes, seed=seed, weights=weights, balanced=options.balanced)
 
