@@ -80,7 +80,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "product 64 x 64 in classes, not rotated": dataclasses.replace(
             in_classes(64, 64), token_map="product 64 x 64, scale, classes, not rotated"
         ),
-        # The codes of the configurations before, also where they are more than 1%.
+        # Also where their vectors are more than 1%.
         **({"product 16 x 256 in classes": in_classes(16, 256)} if of_product != 256 else {}),
         "full, from co-occurrence and counts": from_counts(
             Variant({**FULL, "model.head.start": "cooccurrence"})

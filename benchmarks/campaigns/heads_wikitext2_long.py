@@ -1,7 +1,7 @@
 """Output layers on WikiText-2, word level, trained four times as long: 2.4 epochs.
 
-The head of the configurations and what it stands against, in the trunk of heads_wikitext2.py. There
-half an epoch decides, and with it where the vectors start; here it should matter less.
+Product codes in classes and what they stand against, in the trunk of heads_wikitext2.py. There half
+an epoch decides, and with it where the vectors start; here it should matter less.
 """
 
 import dataclasses
@@ -10,7 +10,12 @@ from pathlib import Path
 from campaign import Campaign
 from campaigns import heads_wikitext2
 
-VARIANTS = ("full", "product 16 in classes", "full, from co-occurrence and counts", "product 16")
+VARIANTS = (
+    "full",
+    "product 16 in classes",
+    "full, from co-occurrence and counts",
+    "product 64 x 64 in classes",
+)
 
 
 def campaign(data: Path) -> Campaign:

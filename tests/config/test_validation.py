@@ -256,6 +256,11 @@ def test_valid(overrides: dict[str, str], device_count: int | None) -> None:
             ["model.head.num_codebooks=7: must divide model.embed_dim=256"],
         ),
         (
+            CLASSES | {"model.head.num_codebooks": "1", "model.head.tied": "true"},
+            None,
+            ["model.head.tied=True: needs model.head.num_codebooks of 2 or more"],
+        ),
+        (
             CLASSES | {"train.z_loss": "0.1"},
             None,
             ["train.z_loss=0.1: has no effect on model.head.kind='class_vq'", "must be 0"],

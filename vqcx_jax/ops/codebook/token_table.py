@@ -82,21 +82,26 @@ def token_masses(table: TokenTable, divisor: jax.Array) -> Masses:
 
 def mass_of_first(table: TokenTable, masses: Masses, counts: jax.Array) -> jax.Array:
     """The summed mass of the first `counts` tokens of each code, int (..., K): float32 (..., K)."""
-    counts = jnp.minimum(counts, masses.drawable)
-    last = jnp.maximum(table.starts + counts - 1, 0)
-    return jnp.where(counts > 0, masses.cumulative[last], 0.0)
+    _, total = _last_and_total(masses, table.starts, jnp.minimum(counts, masses.drawable))
+    return total
 
 
 def draw_within(
     table: TokenTable, masses: Masses, code: jax.Array, count: jax.Array, key: jax.Array
 ) -> jax.Array:
     """A token of each given code, int (...), among its first `count` ones: int32 (...)."""
-    count = jnp.minimum(count, masses.drawable[code])
     start = table.starts[code]
-    last = jnp.maximum(start + count - 1, 0)
-    total = jnp.where(count > 0, masses.cumulative[last], 0.0)
+    last, total = _last_and_total(masses, start, jnp.minimum(count, masses.drawable[code]))
     target = jax.random.uniform(key, code.shape) * total
     return table.tokens[_first_above(masses.cumulative, target, start, last)]
+
+
+def _last_and_total(
+    masses: Masses, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The place of the last of `count` tokens from a code's start, and their summed mass."""
+    last = jnp.maximum(start + count - 1, 0)
+    return last, jnp.where(count > 0, masses.cumulative[last], 0.0)
 
 
 def _cumulative_within(mass_V: jax.Array, codes_V: jax.Array) -> jax.Array:

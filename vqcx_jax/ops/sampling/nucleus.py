@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SIGN = np.int32(2**31 - 1)
+_ALL_BUT_SIGN = np.int32(2**31 - 1)
 
 
 def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
@@ -50,12 +50,12 @@ def first_bounds(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
 def place_of(x: jax.Array) -> jax.Array:
     """Of float32 numbers in the order of all of them, int32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ _SIGN, bits)
+    return jnp.where(bits < 0, bits ^ _ALL_BUT_SIGN, bits)
 
 
 def number_at(place: jax.Array) -> jax.Array:
     """The float32 numbers at places."""
-    bits = jnp.where(place < 0, place ^ _SIGN, place)
+    bits = jnp.where(place < 0, place ^ _ALL_BUT_SIGN, place)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
