@@ -225,7 +225,9 @@ def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
     return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
 
-def decoding_loop(head: heads.Head, sizes: Sizes, top_p: float | None) -> Callable[[int], float]:
+def decoding_loop(
+    head: heads.Head, sizes: Sizes, temperature: float, top_p: float | None
+) -> Callable[[int], float]:
     """A function that decodes so many tokens and returns the seconds it took."""
     graphdef, params, buffers = functional.split(head)
     states = np.random.default_rng(3).standard_normal((256, sizes.dim))
@@ -243,7 +245,7 @@ def decoding_loop(head: heads.Head, sizes: Sizes, top_p: float | None) -> Callab
 
         return jax.lax.fori_loop(0, num_tokens, step, jnp.zeros((1, 1), jnp.int32))
 
-    args = (jnp.float32(1), params, buffers, states_SxD, jax.random.key(0))
+    args = (jnp.float32(temperature), params, buffers, states_SxD, jax.random.key(0))
     compiled = jax.jit(decode).lower(jnp.int32(0), *args).compile()
 
     def seconds(num_tokens: int) -> float:
@@ -310,7 +312,8 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
     print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
-    loops = {n: decoding_loop(made[n], sizes, args.top_p) for n in DECODERS if n in made}
+    options = args.temperature, args.top_p
+    loops = {n: decoding_loop(made[n], sizes, *options) for n in DECODERS if n in made}
     decoding = measure_decoding(loops, args.repeats)
     once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
     print_table("decoding step", "once, ms", {n: (decoding[n].seconds, once[n]) for n in decoding})
@@ -345,6 +348,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
     parser.add_argument("--codes", type=int, nargs="+", default=[503])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of decoding")
     parser.add_argument("--top_p", type=float, help="of decoding; all tokens without it")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--max_gb", type=float, default=8.0)

@@ -14,7 +14,7 @@ VARIANTS = (
     "full",
     "product 16 in classes",
     "full, from co-occurrence and counts",
-    "product 64 x 64 in classes",
+    "product 64 x 64 in classes, not rotated",
 )
 
 

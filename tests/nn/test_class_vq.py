@@ -16,6 +16,7 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import ClassVQHead
+from vqcx_jax.ops import sampling
 from vqcx_jax.ops.codebook import classes
 
 V, C, M, K, D = 24, 4, 2, 5, 8
@@ -70,13 +71,19 @@ def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
     chex.assert_trees_all_close(embedded.reshape(V, D), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"top_k": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 2.0}, {"top_k": 4}, {"temperature": 2.0, "top_p": 0.4}],
+    ids=str,
+)
 def test_samples(options: dict[str, Any], h: jax.Array) -> None:
     head, row = make_head(), h[:1, :1]
     rows = jnp.broadcast_to(row, (20, 500, D))
     tokens = jax.jit(lambda head: head.sample(rows, jax.random.key(0), **options))(head)
     p = scipy.special.softmax(np.float64(head.logits(row)[0, 0]) / options.get("temperature", 1))
     p[np.argsort(-p)[options.get("top_k", V) :]] = 0
+    if "top_p" in options:
+        p[np.isneginf(sampling.nucleus(jnp.log(jnp.float32(p)), options["top_p"]))] = 0
     counts = np.bincount(tokens.ravel(), minlength=V)
     assert not counts[p == 0].any()
     # A right sampler fails once in 10^4; rare tokens count together.

@@ -7,45 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from class_cases import CLASSES, C, M, V, class_of, make
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.codebook import class_sampling, classes, reference
+from vqcx_jax.ops.codebook import classes, reference
 
 # As users compile it.
 pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
-
-V, C, M, K, D = 103, 9, 3, 5, 6
-
-
-def class_of() -> np.ndarray:
-    """Class 8 has one token; ten tokens are frequent."""
-    rng = np.random.default_rng(0)
-    found = np.append(np.arange(8), rng.integers(8, size=V - 8)).astype(np.int32)
-    found[rng.choice(np.arange(8, V), 10, replace=False)] = -1
-    found[50] = 8
-    return found
-
-
-CLASSES = classes.arrange(class_of(), C)
-
-
-def make(dtype: Any, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
-    rng = np.random.default_rng(1)
-
-    def normal(*shape: int) -> Any:
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
-    weights = classes.Weights(
-        normal(M, K, D // M).astype(dtype),
-        classes.arrange_codes(codes, CLASSES, K),
-        normal(V + C) if scale else None,
-        normal(V + C) if bias else None,
-    )
-    h = normal(5, 23, D).astype(dtype)
-    targets = jnp.asarray(rng.permutation(5 * 23) % V).reshape(5, 23)
-    return h, weights, targets
 
 
 def of_definition(h: Any, weights: Any, targets: Any) -> Any:
@@ -135,56 +104,6 @@ def test_probabilities_add_up() -> None:
     h, weights, _ = make(jnp.float32)
     total = np.exp(np.float64(classes.log_probs(h, weights, CLASSES))).sum(axis=-1)
     np.testing.assert_allclose(total, 1, rtol=1e-5)
-
-
-def best(h: Any, weights: Any, k: int) -> Any:
-    vectors = classes.entry_vectors(weights, CLASSES)
-    return class_sampling.top_k(h, vectors, weights, CLASSES, k)
-
-
-@pytest.mark.parametrize(("sharpness", "at_a_time"), [(0.01, 1), (1.0, 60), (10.0, 10_000)])
-def test_best_tokens(sharpness: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of distributions that are almost flat, which need all classes, and of sharp ones."""
-    monkeypatch.setattr(class_sampling, "_TOKENS", at_a_time)
-    h, weights, _ = make(jnp.float32)
-    weights = weights._replace(bias=sharpness * weights.bias)
-    log_p = classes.log_probs(sharpness * h, weights, CLASSES)
-    for k in (1, 30, V):
-        found, tokens = jax.jit(best, static_argnames="k")(sharpness * h, weights, k=k)
-        np.testing.assert_allclose(found, jax.lax.top_k(log_p, k)[0], rtol=1e-5, atol=1e-5)
-        of_tokens = jnp.take_along_axis(log_p, tokens, axis=-1)
-        np.testing.assert_allclose(found, of_tokens, rtol=1e-5, atol=1e-5)
-        assert np.all(np.diff(np.sort(tokens)) > 0)
-        assert tokens.dtype == jnp.int32
-
-
-def test_equal_tokens_in_order() -> None:
-    """As in a model that has not been trained: tokens of classes of one size are all alike."""
-    of_token = np.arange(20, dtype=np.int32) % 5
-    codes = jnp.zeros((25, 1), jnp.int32)
-    tokens = classes.arrange(of_token, 5)
-    codes = classes.arrange_codes(codes, tokens, 1)
-    weights = classes.Weights(jnp.zeros((1, 1, 4)), codes, None, None)
-    vectors = classes.entry_vectors(weights, tokens)
-    for k in (1, 7, 20):
-        _, found = class_sampling.top_k(jnp.ones((3, 4)), vectors, weights, tokens, k)
-        np.testing.assert_array_equal(found, np.broadcast_to(np.arange(k), (3, k)))
-
-
-def test_only_classes_that_may_have_one_of_the_best_are_looked_at() -> None:
-    """A loop that looked at all of them would list NaN."""
-    h, weights, _ = make(jnp.float32)
-    frequent = np.asarray(CLASSES.entries[: classes.num_frequent(CLASSES)])
-    bias = weights.bias.at[frequent[:2]].set(1e3).at[np.flatnonzero(class_of() >= 0)].set(jnp.nan)
-    _, tokens = best(h, weights._replace(bias=bias), 2)
-    np.testing.assert_array_equal(np.sort(tokens), np.broadcast_to(frequent[:2], tokens.shape))
-
-
-def test_how_many_best_tokens_there_are() -> None:
-    h, weights, _ = make(jnp.float32)
-    for k in (0, V + 1):
-        with pytest.raises(UserError, match=f"top_k={k}: must be in 1 .. {V}"):
-            best(h, weights, k)
 
 
 def test_a_loss_of_nan_is_not_hidden() -> None:

@@ -1,21 +1,30 @@
-"""The k most probable tokens of product codes in classes, without V logits.
+"""Tokens of product codes in classes: the most probable ones, and one drawn, without V logits.
 
-A token is at most as probable as its class. Frequent tokens are looked at first, then classes from
-the most to the least probable one, some at a time, until no further class is as probable as the
-least of the k best tokens so far. How many classes that takes depends on the hidden states: few
-where a model is sure, all of them at worst.
+`top_k`. Frequent tokens are looked at first, then classes from the most to the least probable one,
+until no further class is as probable as the least of the k best tokens so far.
+
+`sample`, at a temperature T. p(v)^(1/T) has no product form: the weight of a class is a sum over
+its tokens. But that lies below a bound, so that an entry of the first level is drawn by its bound,
+and taken with the probability (weight / bound); where it is not, its weight is known now, and the
+next draw uses it. Rejection keeps that exact, and each entry is rejected once at most.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vqcx_jax.ops.codebook import classes as product_classes
+from vqcx_jax.ops.codebook import class_order
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, num_frequent
-from vqcx_jax.ops.codebook.members.xla import code_logits, logits_of_classes
-from vqcx_jax.ops.sampling import check_k, first_of_sorted
+from vqcx_jax.ops.codebook.class_nucleus import in_nucleus
+from vqcx_jax.ops.codebook.class_order import FirstLevel, first_level
+from vqcx_jax.ops.codebook.members.xla import logits_of_classes
+from vqcx_jax.ops.sampling import check_k, check_temperature, check_top_p, first_of_sorted
 
-# Tokens of classes that are looked at together, and at most so many codes of theirs.
-_TOKENS, _CODES = 512, 2**22
+# Draws from all tokens before `sample` gives up on finding one in the nucleus.
+_NUM_TRIES = 4
+# Log-probabilities are known to 1e-6 or so: a temperature of less would see no more than this one.
+_TEMPERATURES = 1e-6, 1e30
 
 _Best = tuple[jax.Array, jax.Array]
 
@@ -34,19 +43,75 @@ def top_k(
     Raises:
         UserError: k is not in 1 .. V.
     """
-    vocab_size, (num_classes, num_ranks) = len(classes.entry_of), classes.members.shape
-    check_k(k, vocab_size)
     h_NxD = h.reshape(-1, h.shape[-1])
-    entries = product_classes.entry_logits(h_NxD, vectors, weights, classes)
-    log_p_NxE = jax.nn.log_softmax(entries)
-    log_p_NxF, log_p_NxC = jnp.split(log_p_NxE, [num_frequent(classes)], axis=1)
-    num_tokens = min(_TOKENS, _CODES // (len(h_NxD) * len(weights.codebooks)))
-    at_a_time = min(num_classes, max(1, num_tokens // num_ranks))
-    log_p_NxC, order_NxC = jax.lax.top_k(log_p_NxC, num_classes)
-    padding = ((0, 0), (0, -num_classes % at_a_time))
-    log_p_NxC = jnp.pad(log_p_NxC, padding, constant_values=-jnp.inf)
-    order_NxC = jnp.pad(order_NxC, padding)
-    tables_MxNxK = code_logits(h_NxD, weights.codebooks)
+    best = _top_k(first_level(h_NxD, vectors, weights, classes), weights, classes, k)
+    log_p, tokens = (x.reshape(*h.shape[:-1], k) for x in best)
+    return log_p, tokens
+
+
+def sample(
+    h: jax.Array,
+    vectors: jax.Array,
+    weights: Weights,
+    classes: Classes,
+    key: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws tokens as `ops.sampling.sample` does from log-probabilities.
+
+    Args:
+        h: (..., D). vectors: from `classes.entry_vectors`.
+        temperature: 0: the first of `top_k`. Others below 1e-6 are taken as that.
+        top_p: only of the nucleus. None or 1: of all tokens.
+
+    Returns:
+        tokens: int32 (...). found: bool (...), False where a token is none of the nucleus: some
+        draws from all tokens found none there. These positions must be drawn from the nucleus in
+        another way; taken together, tokens are distributed as they should be.
+
+    Raises:
+        UserError: where they are Python numbers, a temperature below 0 or a top_p outside (0, 1].
+    """
+    check_temperature(temperature)
+    check_top_p(top_p)
+    level = first_level(h.reshape(-1, h.shape[-1]), vectors, weights, classes)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    power = 1.0 / jnp.clip(temperature, *_TEMPERATURES)
+
+    State = tuple[jax.Array, jax.Array, jax.Array]
+
+    def try_again(state: State) -> State:
+        tries, tokens_N, found_N = state
+        drawn = _draw(level, weights, classes, jax.random.fold_in(key, tries), power)
+        is_in_N = jnp.ones_like(found_N)
+        if top_p is not None:
+            is_in_N = in_nucleus(level, weights, classes, *drawn, power, top_p)
+        return tries + 1, jnp.where(found_N, tokens_N, drawn.tokens), found_N | is_in_N
+
+    def is_open(state: State) -> jax.Array:
+        return (state[0] < _NUM_TRIES) & ~jnp.all(state[2])
+
+    def drawn() -> tuple[jax.Array, jax.Array]:
+        none_N = jnp.zeros_like(level.tables[0, :, 0], jnp.int32)
+        state = jnp.int32(0), none_N, none_N.astype(bool)
+        return jax.lax.while_loop(is_open, try_again, state)[1:]
+
+    def best() -> tuple[jax.Array, jax.Array]:
+        _, tokens_Nx1 = _top_k(level, weights, classes, 1)
+        return tokens_Nx1[:, 0], jnp.ones_like(tokens_Nx1[:, 0], bool)
+
+    tokens_N, found_N = jax.lax.cond(temperature > 0, drawn, best)
+    return tokens_N.reshape(h.shape[:-1]), found_N.reshape(h.shape[:-1])
+
+
+def _top_k(level: FirstLevel, weights: Weights, classes: Classes, k: int) -> _Best:
+    """`top_k` of N positions."""
+    vocab_size, num_classes = len(classes.entry_of), len(classes.members)
+    check_k(k, vocab_size)
+    order = class_order.descent(level, classes)
+    log_p_NxF = level.log_p_of_frequent
 
     def better(best: _Best, log_p_NxI: jax.Array, tokens_NxI: jax.Array) -> _Best:
         log_p, tokens = (
@@ -56,32 +121,75 @@ def top_k(
 
     def may_be_better(state: tuple[jax.Array, _Best]) -> jax.Array:
         first, (best_Nxk, _) = state
-        next_N = jax.lax.dynamic_index_in_dim(log_p_NxC, first, axis=1, keepdims=False)
+        next_N = jax.lax.dynamic_index_in_dim(order.log_p, first, axis=1, keepdims=False)
         is_some = jnp.any((next_N >= best_Nxk[:, -1]) & (next_N > -jnp.inf))
         return (first < num_classes) & is_some
 
     def with_next_classes(state: tuple[jax.Array, _Best]) -> tuple[jax.Array, _Best]:
         first, best = state
-        class_NxG, of_class_NxG = (
-            jax.lax.dynamic_slice_in_dim(x, first, at_a_time, axis=1)
-            for x in (order_NxC, log_p_NxC)
-        )
-        z_NxGxR = logits_of_classes(tables_MxNxK, weights, classes, class_NxG)
-        # Rounding must not make a token more probable than its class.
-        of_token_NxGxR = jnp.minimum(jax.nn.log_softmax(z_NxGxR), 0.0)
-        log_p_NxGxR = of_class_NxG[..., None] + of_token_NxGxR
-        tokens_NxGxR = classes.members[class_NxG]
-        tokens_NxGxR = jnp.where(tokens_NxGxR < 0, vocab_size, tokens_NxGxR)
-        rows = len(h_NxD), -1
-        return first + at_a_time, better(
-            best, log_p_NxGxR.reshape(rows), tokens_NxGxR.reshape(rows)
-        )
+        tokens = class_order.tokens(first, order, level, weights, classes)
+        return first + order.at_a_time, better(best, *tokens)
 
-    none = (jnp.full((len(h_NxD), k), -jnp.inf), jnp.full((len(h_NxD), k), vocab_size))
+    none = (
+        jnp.full((len(log_p_NxF), k), -jnp.inf),
+        jnp.full((len(log_p_NxF), k), vocab_size),
+    )
     frequent = classes.entries[: num_frequent(classes)]
     best = better(none, log_p_NxF, jnp.broadcast_to(frequent, log_p_NxF.shape))
     _, (log_p_Nxk, tokens_Nxk) = jax.lax.while_loop(
         may_be_better, with_next_classes, (jnp.int32(0), best)
     )
-    shape = *h.shape[:-1], k
-    return log_p_Nxk.reshape(shape), tokens_Nxk.astype(jnp.int32).reshape(shape)
+    return log_p_Nxk, tokens_Nxk.astype(jnp.int32)
+
+
+class _Drawn(NamedTuple):
+    """Attributes: tokens: int32 (N,). log_p: float32 (N,), of them, at temperature 1."""
+
+    tokens: jax.Array
+    log_p: jax.Array
+
+
+def _draw(
+    level: FirstLevel, weights: Weights, classes: Classes, key: jax.Array, power: jax.Array
+) -> _Drawn:
+    """Tokens of N positions, by p(v)^power."""
+    frequent = num_frequent(classes)
+    log_p_NxE = jnp.concatenate([level.log_p_of_frequent, level.log_p_of_classes], axis=1)
+    # Relative to the largest: a high power leaves that one.
+    log_weight_NxE = power * (log_p_NxE - jnp.max(log_p_NxE, axis=1, keepdims=True))
+    # Probabilities of R tokens, each to that power, add up to at most R^(1 - power), or to 1.
+    slack = jnp.maximum(1.0 - power, 0.0) * jnp.log(jnp.float32(classes.members.shape[1]))
+    is_class_E = jnp.arange(log_p_NxE.shape[1]) >= frequent
+    State = tuple[jax.Array, jax.Array, jax.Array, _Drawn]
+
+    def draw(state: State) -> State:
+        draws, done_N, bound_NxE, drawn = state
+        keys = jax.random.split(jax.random.fold_in(key, draws), 3)
+        entry_N = jax.random.categorical(keys[0], bound_NxE)
+        is_frequent_N, class_N = entry_N < frequent, jnp.maximum(entry_N - frequent, 0)
+        z_NxR = logits_of_classes(level.tables, weights, classes, class_N[:, None])[:, 0]
+        log_p_NxR = jnp.minimum(jax.nn.log_softmax(z_NxR), 0.0)
+        member_N = jax.random.categorical(keys[1], power * log_p_NxR)
+        summed_N = jax.nn.logsumexp(power * log_p_NxR, axis=1)
+        bound_N = _pick(bound_NxE, entry_N)
+        weight_N = jnp.minimum(_pick(log_weight_NxE, entry_N) + summed_N, bound_N)
+        weight_N = jnp.where(is_frequent_N, bound_N, weight_N)
+        log_u_N = jnp.log(jax.random.uniform(keys[2], weight_N.shape))
+        taken_N = ~(log_u_N > weight_N - bound_N)  # And not "<=": NaN is taken.
+        now = _Drawn(
+            jnp.where(is_frequent_N, classes.entries[entry_N], classes.members[class_N, member_N]),
+            _pick(log_p_NxE, entry_N) + jnp.where(is_frequent_N, 0.0, _pick(log_p_NxR, member_N)),
+        )
+        bound_NxE = bound_NxE.at[jnp.arange(len(entry_N)), entry_N].set(weight_N)
+        drawn = _Drawn(*(jnp.where(done_N, x, y) for x, y in zip(drawn, now, strict=True)))
+        return draws + 1, done_N | taken_N, bound_NxE, drawn
+
+    zeros_N = jnp.zeros_like(log_p_NxE[:, 0])
+    none = _Drawn(zeros_N.astype(jnp.int32), zeros_N)
+    bound_NxE = log_weight_NxE + jnp.where(is_class_E, slack, 0.0)
+    state = jnp.int32(0), jnp.zeros_like(zeros_N, bool), bound_NxE, none
+    return jax.lax.while_loop(lambda state: ~jnp.all(state[1]), draw, state)[-1]
+
+
+def _pick(x_NxI: jax.Array, index_N: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_NxI, index_N[:, None], axis=1)[:, 0]
