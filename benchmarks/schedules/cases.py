@@ -360,7 +360,7 @@ def _attention(kind: str, width: int, chip: str, blocks: Any = None) -> Case:
     amplitudes: dict[str, amplitude.Amplitude] = {"pope": "softplus", "amplitude": "modulus"}
     num_planes = amplitude.num_planes(width, amplitudes.get(kind))
     if blocks is None:
-        blocks = block_sizes.block_sizes(KINDS[chip], 2 * num_planes, is_packed=False)
+        blocks = block_sizes.block_sizes(KINDS[chip], width, is_packed=False)
 
     def loss(
         q: jax.Array,

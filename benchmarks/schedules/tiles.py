@@ -61,12 +61,8 @@ def _streamed(product_dtype: str) -> Tuned:
     return Tuned(names, lambda chip, part: tuple(getattr(of(chip), part)), blocks, fits, choices)
 
 
-def _attention(width: int) -> Tuned:
-    """Of queries and keys that are `width` wide once they are turned.
-
-    The table has one row for all kinds up to 128: the default's, if they disagree. It has none for
-    wider ones yet.
-    """
+def _attention(head_dim: int) -> Tuned:
+    """The table has one row for all kinds up to 128: the default's, if they disagree."""
     from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, block_sizes
 
     fields = {
@@ -75,7 +71,7 @@ def _attention(width: int) -> Tuned:
     }
 
     def of(chip: str) -> BlockSizes:
-        return block_sizes(cases.KINDS[chip], width, is_packed=False)
+        return block_sizes(cases.KINDS[chip], head_dim, is_packed=False)
 
     def today(chip: str, part: str) -> Sizes:
         return tuple(getattr(of(chip), name) for name in fields[part])
@@ -98,6 +94,6 @@ TUNED = {
     "log_z 16x16, float32": _streamed("float32"),
     "attention, complex": _attention(cases.HEAD_DIM),
     "attention, complex, width 64": _attention(64),
-    "attention, PoPE": _attention(2 * cases.HEAD_DIM),
-    "attention, PoPE, width 64": _attention(cases.HEAD_DIM),
+    "attention, PoPE": _attention(cases.HEAD_DIM),
+    "attention, PoPE, width 64": _attention(64),
 }

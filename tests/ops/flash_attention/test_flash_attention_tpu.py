@@ -267,6 +267,7 @@ def test_blocks_fit_the_length(length: int, block_q: int, block_kv: int) -> None
 def test_tiles_of_the_table_fit_every_length(kind: str) -> None:
     assert block_sizes(kind, 128, is_packed=True) == block_sizes(kind, 256, False) == BlockSizes()
     of_table = block_sizes(kind, 128, is_packed=False)
+    assert (of_table == BlockSizes()) == (kind == "cpu")
     for length in (1, 300, 1025, 1600, 5000, 8192, 100_001):
         fitted = fit(of_table, length)
         for block, sub, most in (

@@ -1,9 +1,11 @@
 """Tiles of the TPU kernels: the reviewed table, by JAX's device kind, and how they fit a length.
 
-Rows of one document, turned queries and keys up to 128 wide, on the chips that are named: the
-fewest cycles in the schedules of those that
+Rows of one document, heads up to 128 wide, on the chips that are named: the fewest cycles in the
+schedules of those that
     python benchmarks/tune.py "attention, complex" --chips v5p v6e --results FILE.jsonl
-has tried, for T = 8192 and 16 causal heads of 128 (docs/kernels.md). The others were tried by hand.
+has tried, for T = 8192 and 16 causal heads of 128 (docs/kernels.md). The same tiles were the best
+for "attention, PoPE", whose queries and keys are twice as wide once they are turned. The others
+were tried by hand.
 """
 
 import dataclasses
@@ -80,11 +82,11 @@ _TABLE = {
 }
 
 
-def block_sizes(device_kind: str, width: int, is_packed: bool) -> BlockSizes:
-    """Those for a device and the larger width of turned queries and keys, or of values.
+def block_sizes(device_kind: str, head_dim: int, is_packed: bool) -> BlockSizes:
+    """Those for a device and the width of queries and keys as they come, or of values if larger.
 
     Args:
         is_packed: are there documents? Their tiles are not larger than the default, as more of a
             larger one is computed in vain.
     """
-    return _OTHERS if is_packed or width > 128 else _TABLE.get(device_kind, _OTHERS)
+    return _OTHERS if is_packed or head_dim > 128 else _TABLE.get(device_kind, _OTHERS)

@@ -70,8 +70,8 @@ def attend(
         bias = clamp_bias(bias)
     planes_of_head = num_planes(width, amplitude)
     if block_sizes is None:
-        widest, is_packed = max(2 * planes_of_head, v.shape[-1]), segment_ids is not None
-        block_sizes = of_table(device.current().kind, widest, is_packed)
+        head_dim, is_packed = max(width, v.shape[-1]), segment_ids is not None
+        block_sizes = of_table(device.current().kind, head_dim, is_packed)
     blocks = fit(block_sizes, length)
     settings = Settings(
         scale=float(scale),
