@@ -94,6 +94,11 @@ def test_samples(options: dict[str, Any], h: jax.Array) -> None:
     assert scipy.stats.chisquare(observed[keep], expected[keep]).pvalue > 1e-4
 
 
+def test_no_tokens_to_choose_from_are_refused(h: jax.Array) -> None:
+    with pytest.raises(UserError, match="top_k=0: must be in 1 .. 24"):
+        make_head().sample(h, jax.random.key(0), top_k=0)
+
+
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)

@@ -142,7 +142,7 @@ class ClassVQHead(NormalizedHead):
         by_logits = super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
 
         def sample_best(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
-            k = min(top_k or self.vocab_size, self.vocab_size)
+            k = self.vocab_size if top_k is None else min(top_k, self.vocab_size)
             listed = self._listed(h_BxTxD, vectors, arrays, k)
             return sampling.sample_listed(*listed, key, temperature=temperature, top_p=top_p)
 
