@@ -525,3 +525,17 @@ def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
 def test_temperature_below_0_is_refused(kind: str, h: jax.Array) -> None:
     with pytest.raises(UserError, match="temperature=-1.0: must be at least 0"):
         new_head(kind).sample(h, jax.random.key(0), temperature=-1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_another_shape_are_refused(kind: str, h: jax.Array) -> None:
+    """They would be broadcast."""
+    head, (b, t, _) = new_head(kind), h.shape
+    ids, counts = jnp.zeros((b, t), jnp.int32), jnp.ones((b, t), bool)
+    shape = rf"\({b}, 1\); it must be \({b}, {t}\)"
+    with pytest.raises(UserError, match=f"targets has shape {shape}"):
+        head.nll(h, ids[:, :1])
+    with pytest.raises(UserError, match=f"targets has shape {shape}"):
+        head.summed_nll(h, ids[:, :1], counts)
+    with pytest.raises(UserError, match=f"is_token has shape {shape}"):
+        head.summed_nll(h, ids, counts[:, :1])

@@ -106,6 +106,13 @@ def test_probabilities_add_up() -> None:
     np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", [-100, V])
+def test_targets_that_are_no_tokens_are_refused(target: int) -> None:
+    h, weights, targets = make(jnp.float32)
+    with pytest.raises(UserError, match="targets"):
+        classes.nll(h, weights, CLASSES, targets.at[0, 0].set(target))
+
+
 def test_a_loss_of_nan_is_not_hidden() -> None:
     h, weights, targets = make(jnp.float32)
     nll = classes.nll(h.at[0].set(jnp.nan), weights, CLASSES, targets)

@@ -13,6 +13,7 @@ from vqcx_jax.config.schema.types import HeadImplementation
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.ops import sampling
+from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook.reassign import Statistics
 from vqcx_jax.ops.labels import check_labels
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device, token_mesh_axes
@@ -61,8 +62,9 @@ class Head(nnx.Module, abc.ABC):
 
         Raises:
             UserError: a target is neither in [0, V) nor IGNORE_ID; under jit see
-                `ops.labels.check_labels`.
+                `ops.labels.check_labels`. Targets are not one for each hidden state.
         """
+        check_shape("targets", targets_BxT, h_BxTxD.shape[:-1])
         labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
         nll_BxT, log_z_BxT = self.token_nll(h_BxTxD, labels.tokens)
         return labels.mask(nll_BxT), labels.mask(log_z_BxT)
@@ -87,6 +89,7 @@ class Head(nnx.Module, abc.ABC):
         Raises:
             UserError: as `nll`.
         """
+        check_shape("is_token", is_token_BxT, h_BxTxD.shape[:-1])
         nll_BxT, log_z_BxT = self.nll(h_BxTxD, targets_BxT)
         nll = jnp.sum(jnp.where(is_token_BxT, nll_BxT, 0.0))
         z_term = z_loss * jnp.sum(jnp.where(is_token_BxT, log_z_BxT**2, 0.0))
@@ -186,6 +189,8 @@ class Head(nnx.Module, abc.ABC):
             sums: (h, tokens in [0, V), which of them count, z_loss, *arrays) -> loss, nll.
             arrays: weights and buffers, laid out along `axes`.
         """
+        check_shape("targets", targets_BxT, h_BxTxD.shape[:-1])
+        check_shape("is_token", is_token_BxT, h_BxTxD.shape[:-1])
         labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
         is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
         counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid

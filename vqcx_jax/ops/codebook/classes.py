@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from vqcx_jax.ops.checks import check_targets
 from vqcx_jax.ops.codebook import members, multi, scatter
 from vqcx_jax.ops.codebook.class_arrays import (
     Classes,
@@ -57,6 +58,8 @@ def nll(
     product_dtype: DTypeLike = "float32",
 ) -> jax.Array:
     """-log p(target | h), float32 (...), for h (..., D) and targets int (...) in [0, V).
+
+    Raises UserError where targets are known and not in [0, V): -100 is for heads.
 
     `implementation` and `product_dtype` are of the second level, see `members.nll`.
     """
@@ -112,6 +115,7 @@ def summed_nll(
 
 def _places(classes: Classes, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Entry, class (negative: none) and rank of tokens."""
+    check_targets(targets, len(classes.entry_of))
     # Barriers keep XLA from computing these again for every element that is compared with them.
     entry, rank = jax.lax.optimization_barrier(
         (classes.entry_of[targets], classes.rank_of[targets])
