@@ -149,6 +149,21 @@ def random_head(make: Callable[[Sizes], heads.Head], sizes: Sizes) -> heads.Head
     return nnx.merge(graphdef, jax.tree.map(randomise, params), buffers)
 
 
+def without_favourites(head: heads.Head) -> heads.Head:
+    """For hidden states of 0 all tokens are as probable as each other."""
+    graphdef, params, buffers = functional.split(head)
+    head = nnx.merge(graphdef, params, buffers)
+    if hasattr(head, "scale"):
+        head.scale[...] = jnp.ones_like(head.scale[...])
+    if hasattr(head, "bias"):
+        bias = jnp.zeros_like(head.bias[...])
+        if isinstance(head, heads.ClassVQHead):
+            sizes_C = jnp.sum(head.members[...] >= 0, axis=1)
+            bias = bias.at[head.vocab_size :].set(jnp.log(sizes_C))
+        head.bias[...] = bias
+    return head
+
+
 # ---------------------------------------------------------------- peers
 
 
@@ -226,18 +241,20 @@ def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
 
 
 def decoding_loop(
-    head: heads.Head, sizes: Sizes, temperature: float, top_p: float | None
+    head: heads.Head, sizes: Sizes, args: argparse.Namespace
 ) -> Callable[[int], float]:
     """A function that decodes so many tokens and returns the seconds it took."""
-    graphdef, params, buffers = functional.split(head)
     states = np.random.default_rng(3).standard_normal((256, sizes.dim))
+    if args.spread is not None:
+        head, states = without_favourites(head), args.spread * states
+    graphdef, params, buffers = functional.split(head)
     states_SxD = jnp.asarray(states, sizes.dtype)
 
     def decode(
         num_tokens: Any, temperature: Any, params: Any, buffers: Any, states_SxD: Any, key: Any
     ) -> jax.Array:
         head = nnx.merge(graphdef, params, buffers)
-        sample = head.sampler(temperature=temperature, top_p=top_p)
+        sample = head.sampler(temperature=temperature, top_p=args.top_p)
 
         def step(index: Any, token_1x1: jax.Array) -> jax.Array:
             h_1x1xD = states_SxD[token_1x1 % len(states_SxD)]
@@ -245,12 +262,12 @@ def decoding_loop(
 
         return jax.lax.fori_loop(0, num_tokens, step, jnp.zeros((1, 1), jnp.int32))
 
-    args = (jnp.float32(temperature), params, buffers, states_SxD, jax.random.key(0))
-    compiled = jax.jit(decode).lower(jnp.int32(0), *args).compile()
+    inputs = jnp.float32(args.temperature), params, buffers, states_SxD, jax.random.key(0)
+    compiled = jax.jit(decode).lower(jnp.int32(0), *inputs).compile()
 
     def seconds(num_tokens: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(jnp.int32(num_tokens), *args))
+        jax.block_until_ready(compiled(jnp.int32(num_tokens), *inputs))
         return time.perf_counter() - start
 
     return seconds
@@ -312,8 +329,7 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
     print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
-    options = args.temperature, args.top_p
-    loops = {n: decoding_loop(made[n], sizes, *options) for n in DECODERS if n in made}
+    loops = {n: decoding_loop(made[n], sizes, args) for n in DECODERS if n in made}
     decoding = measure_decoding(loops, args.repeats)
     once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
     print_table("decoding step", "once, ms", {n: (decoding[n].seconds, once[n]) for n in decoding})
@@ -348,6 +364,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257])
     parser.add_argument("--codes", type=int, nargs="+", default=[503])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--spread", type=float, help="of logits in decoding, from all alike on")
     parser.add_argument("--temperature", type=float, default=1.0, help="of decoding")
     parser.add_argument("--top_p", type=float, help="of decoding; all tokens without it")
     parser.add_argument("--repeats", type=int, default=15)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from class_cases import make_weights, normal
 from jax.experimental.pallas import tpu as pltpu
 from versions import newest_jax
 
@@ -34,17 +35,7 @@ CLASSES = classes.arrange(class_of(), C)
 def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]:
     """h, weights, classes and ranks of targets that are anywhere, in one class, or frequent."""
     rng = np.random.default_rng(1)
-
-    def normal(*shape: int) -> Any:
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-    codes = jnp.asarray(rng.integers(K, size=(V + C, M)), jnp.int32)
-    weights = classes.Weights(
-        normal(M, K, D // M),
-        classes.arrange_codes(codes, CLASSES, K),
-        normal(V + C) if scale else None,
-        normal(V + C) if bias else None,
-    )
+    weights = make_weights(rng, CLASSES, (M, K, D // M), bias, scale)
     choices = {
         "anywhere": np.arange(V),
         "one class": np.flatnonzero(class_of() == 7),
@@ -52,7 +43,8 @@ def make(targets: str, bias: bool = True, scale: bool = True) -> tuple[Any, ...]
     }
     tokens = jnp.asarray(rng.choice(choices[targets], (7, 11)))
     class_ = CLASSES.entry_of[tokens] - classes.num_frequent(CLASSES)
-    return normal(7, 11, D), weights, class_, CLASSES.rank_of[tokens], normal(7, 11)
+    h, weight_of_nll = normal(rng, 7, 11, D), normal(rng, 7, 11)
+    return h, weights, class_, CLASSES.rank_of[tokens], weight_of_nll
 
 
 def values_and_gradients(nll: Any, weights: Any) -> Any:

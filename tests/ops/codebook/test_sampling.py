@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-import scipy.stats
+from drawn import assert_drawn_from
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
@@ -167,17 +167,6 @@ def draw(
     chex.assert_shape(tokens, (count,))
     chex.assert_type(tokens, jnp.int32)
     return np.asarray(tokens)
-
-
-def assert_drawn_from(counts: np.ndarray, probabilities: np.ndarray) -> None:
-    """By a test that a right sampler fails once in 10^4. Rare tokens are taken together."""
-    expected = counts.sum() * probabilities
-    rare = expected < 10
-    groups = [(counts[~rare], expected[~rare]), ([counts[rare].sum()], [expected[rare].sum()])]
-    counts, expected = (np.concatenate(parts) for parts in zip(*groups, strict=True))
-    some = expected > 0
-    assert not counts[~some].any()
-    assert scipy.stats.chisquare(counts[some], expected[some]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

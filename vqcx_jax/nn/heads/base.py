@@ -123,7 +123,7 @@ class Head(nnx.Module, abc.ABC):
     ) -> jax.Array:
         """Tokens drawn from the model, int32 (B, T): temperature, then top-k, then top-p.
 
-        Under a mesh the rules must leave `batch` whole.
+        Under a mesh the rules must leave `batch` and `sequence` whole.
 
         Args:
             key: a typed PRNG key.

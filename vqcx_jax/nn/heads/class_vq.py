@@ -132,34 +132,28 @@ class ClassVQHead(NormalizedHead):
     ) -> Sampler:
         """See `Head.sampler`.
 
-        On CPUs no V logits are made, see `ops.codebook.class_sampling`; but for top-p where some
-        draws find no token of the nucleus. A product of two tempered softmaxes is not the tempered
-        softmax of the product: elsewhere there are none at temperature 1 without top-k and top-p.
+        On CPUs mostly without V logits, see `ops.codebook.class_sampling`. Elsewhere there are none
+        at temperature 1 without top-k and top-p: a product of two tempered softmaxes is not the
+        tempered softmax of the product.
         """
         arrays = self._arrays()
         weights, tokens = arrays
         vectors, num_frequent = classes.entry_vectors(weights, tokens), classes.num_frequent(tokens)
-        by_logits = super().sampler(temperature=temperature, top_k=top_k, top_p=top_p)
-
-        def sample_best(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
-            k = self.vocab_size if top_k is None else min(top_k, self.vocab_size)
-            listed = self._listed(h_BxTxD, vectors, arrays, k)
-            return sampling.sample_listed(*listed, key, temperature=temperature, top_p=top_p)
-
-        def sample_by_bounds(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
-            first_key, last_key = jax.random.split(key)
-            drawn, found = class_sampling.sample(
-                h_BxTxD, vectors, *arrays, first_key, temperature=temperature, top_p=top_p
+        options: Any = {"temperature": temperature, "top_p": top_p}
+        if self._looks_into_classes():
+            if top_k is None:
+                return lambda h_BxTxD, key: class_sampling.sample(
+                    h_BxTxD, vectors, *arrays, key, **options
+                )
+            k = min(top_k, self.vocab_size)
+            return lambda h_BxTxD, key: sampling.sample_listed(
+                *self._listed(h_BxTxD, vectors, arrays, k), key, **options
             )
-            if top_p is None:
-                return drawn
-            return jax.lax.cond(
-                jnp.all(found),
-                lambda: drawn,
-                lambda: jnp.where(found, drawn, by_logits(h_BxTxD, last_key)),
-            )
+        by_logits = super().sampler(top_k=top_k, **options)
+        if top_k is not None or top_p is not None:
+            return by_logits
 
-        def sample_plain(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
+        def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
             entry_key, member_key = jax.random.split(key)
             entry_logits = classes.entry_logits(h_BxTxD, vectors, weights, tokens)
             entry = sampling.sample(entry_logits, entry_key)
@@ -168,12 +162,8 @@ class ClassVQHead(NormalizedHead):
             member = tokens.members[class_, sampling.sample(member_logits, member_key)]
             return jnp.where(entry < num_frequent, tokens.entries[entry], member)
 
-        if self._looks_into_classes():
-            return sample_by_bounds if top_k is None else sample_best
-        if top_k is not None or top_p is not None:
-            return by_logits
         is_plain = jnp.asarray(temperature) == 1
-        return lambda h_BxTxD, key: jax.lax.cond(is_plain, sample_plain, by_logits, h_BxTxD, key)
+        return lambda h_BxTxD, key: jax.lax.cond(is_plain, sample, by_logits, h_BxTxD, key)
 
     def embed(self, tokens_BxT: jax.Array) -> jax.Array:
         """The vectors of the tokens, (B, T, D): an input embedding tied to the output layer."""

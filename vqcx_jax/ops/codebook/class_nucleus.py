@@ -19,13 +19,15 @@ def in_nucleus(
     classes: Classes,
     tokens_N: jax.Array,
     log_p_N: jax.Array,
+    asked_N: jax.Array,
     power: jax.Array,
     top_p: float | jax.Array,
 ) -> jax.Array:
-    """Whether tokens are in the nucleus of p(v)^power, as that of `ops.sampling.nucleus`.
+    """Whether tokens are asked for and in the nucleus of p(v)^power (`ops.sampling.nucleus`).
 
     Args:
         level: of the N positions. tokens_N, log_p_N: a token of each, and its log-probability.
+        asked_N: bool (N,), which are asked for: no class is looked at for others.
         power: float32 (), above 0: the reciprocal of a temperature.
         top_p: in (0, 1]; 1: all are. Sums are float32: it is met to 1e-6 or so.
 
@@ -71,7 +73,7 @@ def in_nucleus(
 
     def is_open(state: State) -> jax.Array:
         is_in_N, is_out_N = verdicts(state)
-        return (state[0] < num_classes) & ~jnp.all(is_in_N | is_out_N)
+        return (state[0] < num_classes) & jnp.any(asked_N & ~is_in_N & ~is_out_N)
 
     def look_further(state: State) -> State:
         first, above_N, known_N = state
@@ -80,4 +82,4 @@ def in_nucleus(
 
     frequent = classes.entries[: num_frequent(classes)]
     state = jax.lax.while_loop(is_open, look_further, (jnp.int32(0), *sums(log_p_NxF, frequent)))
-    return verdicts(state)[0]
+    return asked_N & verdicts(state)[0]

@@ -35,12 +35,12 @@ class Descent(NamedTuple):
     """Classes in the order of their probability, of each position.
 
     Attributes:
-        order: int32 (N, C + padding).
+        classes: int32 (N, C + padding).
         log_p: float32 (N, C + padding), from large to small; -inf where there is no class.
         at_a_time: how many classes `tokens` looks at.
     """
 
-    order: jax.Array
+    classes: jax.Array
     log_p: jax.Array
     at_a_time: int
 
@@ -48,7 +48,7 @@ class Descent(NamedTuple):
 def first_level(
     h_NxD: jax.Array, vectors: jax.Array, weights: Weights, classes: Classes
 ) -> FirstLevel:
-    """Args: vectors: from `classes.entry_vectors`."""
+    """Of hidden states (N, D), with `vectors` from `classes.entry_vectors`."""
     log_p_NxE = jax.nn.log_softmax(
         product_classes.entry_logits(h_NxD, vectors, weights, classes), axis=-1
     )
@@ -60,7 +60,7 @@ def descent(level: FirstLevel, classes: Classes) -> Descent:
     """Where the most probable class of each position comes first."""
     num_classes, num_ranks = classes.members.shape
     num_codebooks, num_positions, _ = level.tables.shape
-    num_tokens = min(_TOKENS, _CODES // (num_positions * num_codebooks))
+    num_tokens = min(_TOKENS, _CODES // max(1, num_positions * num_codebooks))
     at_a_time = min(num_classes, max(1, num_tokens // num_ranks))
     log_p_NxC, order_NxC = jax.lax.top_k(level.log_p_of_classes, num_classes)
     padding = ((0, 0), (0, -num_classes % at_a_time))
@@ -72,20 +72,20 @@ def descent(level: FirstLevel, classes: Classes) -> Descent:
 
 
 def tokens(
-    first: jax.Array, descent: Descent, level: FirstLevel, weights: Weights, classes: Classes
+    first: jax.Array, order: Descent, level: FirstLevel, weights: Weights, classes: Classes
 ) -> tuple[jax.Array, jax.Array]:
     """The tokens of the next classes of each position.
 
     Args:
-        first: int32 (), a multiple of `at_a_time`: the place in `order` of the first class.
+        first: int32 (), a multiple of `order.at_a_time`: the place of the first class.
 
     Returns:
-        log_p: float32 (N, I), of I = `at_a_time` R tokens. tokens: int32 (N, I); V and -inf where
-        there is none.
+        log_p: float32 (N, I), of I = `order.at_a_time` R tokens. tokens: int32 (N, I). -inf and V
+        where there is none.
     """
     class_NxG, of_class_NxG = (
-        jax.lax.dynamic_slice_in_dim(x, first, descent.at_a_time, axis=1)
-        for x in (descent.order, descent.log_p)
+        jax.lax.dynamic_slice_in_dim(x, first, order.at_a_time, axis=1)
+        for x in (order.classes, order.log_p)
     )
     z_NxGxR = logits_of_classes(level.tables, weights, classes, class_NxG)
     # Rounding must not make a token more probable than its class.
@@ -93,5 +93,5 @@ def tokens(
     log_p_NxGxR = of_class_NxG[..., None] + of_token_NxGxR
     tokens_NxGxR = classes.members[class_NxG]
     tokens_NxGxR = jnp.where(tokens_NxGxR < 0, len(classes.entry_of), tokens_NxGxR)
-    rows = len(class_NxG), -1
+    rows = len(class_NxG), class_NxG.shape[1] * classes.members.shape[1]
     return log_p_NxGxR.reshape(rows), tokens_NxGxR.reshape(rows)

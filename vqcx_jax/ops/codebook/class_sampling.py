@@ -6,23 +6,26 @@ until no further class is as probable as the least of the k best tokens so far.
 `sample`, at a temperature T. p(v)^(1/T) has no product form: the weight of a class is a sum over
 its tokens. But that lies below a bound, so that an entry of the first level is drawn by its bound,
 and taken with the probability (weight / bound); where it is not, its weight is known now, and the
-next draw uses it. Rejection keeps that exact, and each entry is rejected once at most.
+next draw uses it. With top-p a token is kept if it is in the nucleus. Each draw that is kept has
+the right distribution, whatever was drawn before it: so has one from V log-probabilities, which are
+made for those that are left after some draws, as low temperatures need many of a model that is
+unsure.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops import sampling
 from vqcx_jax.ops.codebook import class_order
+from vqcx_jax.ops.codebook import classes as product_classes
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, num_frequent
 from vqcx_jax.ops.codebook.class_nucleus import in_nucleus
 from vqcx_jax.ops.codebook.class_order import FirstLevel, first_level
 from vqcx_jax.ops.codebook.members.xla import logits_of_classes
 from vqcx_jax.ops.sampling import check_k, check_temperature, check_top_p, first_of_sorted
 
-# Draws from all tokens before `sample` gives up on finding one in the nucleus.
-_NUM_TRIES = 4
+# Draws of entries before `sample` makes V log-probabilities, which take as long as some dozens.
+_NUM_DRAWS = 32
 # Log-probabilities are known to 1e-6 or so: a temperature of less would see no more than this one.
 _TEMPERATURES = 1e-6, 1e30
 
@@ -58,52 +61,43 @@ def sample(
     *,
     temperature: float | jax.Array = 1.0,
     top_p: float | jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Draws tokens as `ops.sampling.sample` does from log-probabilities.
 
     Args:
         h: (..., D). vectors: from `classes.entry_vectors`.
+        key: a typed PRNG key. Positions are independent.
         temperature: 0: the first of `top_k`. Others below 1e-6 are taken as that.
         top_p: only of the nucleus. None or 1: of all tokens.
 
     Returns:
-        tokens: int32 (...). found: bool (...), False where a token is none of the nucleus: some
-        draws from all tokens found none there. These positions must be drawn from the nucleus in
-        another way; taken together, tokens are distributed as they should be.
+        int32 (...).
 
     Raises:
         UserError: where they are Python numbers, a temperature below 0 or a top_p outside (0, 1].
     """
     check_temperature(temperature)
     check_top_p(top_p)
-    level = first_level(h.reshape(-1, h.shape[-1]), vectors, weights, classes)
+    h_NxD = h.reshape(-1, h.shape[-1])
+    level = first_level(h_NxD, vectors, weights, classes)
     temperature = jnp.asarray(temperature, jnp.float32)
     power = 1.0 / jnp.clip(temperature, *_TEMPERATURES)
+    first_key, last_key = jax.random.split(key)
 
-    State = tuple[jax.Array, jax.Array, jax.Array]
+    def drawn() -> jax.Array:
+        tokens_N, found_N = _draw(level, weights, classes, first_key, power, top_p)
 
-    def try_again(state: State) -> State:
-        tries, tokens_N, found_N = state
-        drawn = _draw(level, weights, classes, jax.random.fold_in(key, tries), power)
-        is_in_N = jnp.ones_like(found_N)
-        if top_p is not None:
-            is_in_N = in_nucleus(level, weights, classes, *drawn, power, top_p)
-        return tries + 1, jnp.where(found_N, tokens_N, drawn.tokens), found_N | is_in_N
+        def others_by_logits() -> jax.Array:
+            log_p_NxV = product_classes.log_probs(h_NxD, weights, classes)
+            others_N = sampling.sample(log_p_NxV, last_key, temperature=temperature, top_p=top_p)
+            return jnp.where(found_N, tokens_N, others_N)
 
-    def is_open(state: State) -> jax.Array:
-        return (state[0] < _NUM_TRIES) & ~jnp.all(state[2])
+        return jax.lax.cond(jnp.all(found_N), lambda: tokens_N, others_by_logits)
 
-    def drawn() -> tuple[jax.Array, jax.Array]:
-        none_N = jnp.zeros_like(level.tables[0, :, 0], jnp.int32)
-        state = jnp.int32(0), none_N, none_N.astype(bool)
-        return jax.lax.while_loop(is_open, try_again, state)[1:]
+    def best() -> jax.Array:
+        return _top_k(level, weights, classes, 1)[1][:, 0]
 
-    def best() -> tuple[jax.Array, jax.Array]:
-        _, tokens_Nx1 = _top_k(level, weights, classes, 1)
-        return tokens_Nx1[:, 0], jnp.ones_like(tokens_Nx1[:, 0], bool)
-
-    tokens_N, found_N = jax.lax.cond(temperature > 0, drawn, best)
-    return tokens_N.reshape(h.shape[:-1]), found_N.reshape(h.shape[:-1])
+    return jax.lax.cond(temperature > 0, drawn, best).reshape(h.shape[:-1])
 
 
 def _top_k(level: FirstLevel, weights: Weights, classes: Classes, k: int) -> _Best:
@@ -139,20 +133,21 @@ def _top_k(level: FirstLevel, weights: Weights, classes: Classes, k: int) -> _Be
     _, (log_p_Nxk, tokens_Nxk) = jax.lax.while_loop(
         may_be_better, with_next_classes, (jnp.int32(0), best)
     )
-    return log_p_Nxk, tokens_Nxk.astype(jnp.int32)
-
-
-class _Drawn(NamedTuple):
-    """Attributes: tokens: int32 (N,). log_p: float32 (N,), of them, at temperature 1."""
-
-    tokens: jax.Array
-    log_p: jax.Array
+    # Of NaN as a selection from V logits has it: NaN, and the first tokens.
+    is_nan_Nx1 = jnp.isnan(level.log_p_of_classes[:, :1])
+    log_p_Nxk = jnp.where(is_nan_Nx1, jnp.nan, log_p_Nxk)
+    return log_p_Nxk, jnp.where(is_nan_Nx1, jnp.arange(k), tokens_Nxk).astype(jnp.int32)
 
 
 def _draw(
-    level: FirstLevel, weights: Weights, classes: Classes, key: jax.Array, power: jax.Array
-) -> _Drawn:
-    """Tokens of N positions, by p(v)^power."""
+    level: FirstLevel,
+    weights: Weights,
+    classes: Classes,
+    key: jax.Array,
+    power: jax.Array,
+    top_p: float | jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens of N positions by p(v)^power, and whether they were found: what is not is no draw."""
     frequent = num_frequent(classes)
     log_p_NxE = jnp.concatenate([level.log_p_of_frequent, level.log_p_of_classes], axis=1)
     # Relative to the largest: a high power leaves that one.
@@ -160,10 +155,10 @@ def _draw(
     # Probabilities of R tokens, each to that power, add up to at most R^(1 - power), or to 1.
     slack = jnp.maximum(1.0 - power, 0.0) * jnp.log(jnp.float32(classes.members.shape[1]))
     is_class_E = jnp.arange(log_p_NxE.shape[1]) >= frequent
-    State = tuple[jax.Array, jax.Array, jax.Array, _Drawn]
+    State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
     def draw(state: State) -> State:
-        draws, done_N, bound_NxE, drawn = state
+        draws, tokens_N, found_N, bound_NxE = state
         keys = jax.random.split(jax.random.fold_in(key, draws), 3)
         entry_N = jax.random.categorical(keys[0], bound_NxE)
         is_frequent_N, class_N = entry_N < frequent, jnp.maximum(entry_N - frequent, 0)
@@ -174,21 +169,27 @@ def _draw(
         bound_N = _pick(bound_NxE, entry_N)
         weight_N = jnp.minimum(_pick(log_weight_NxE, entry_N) + summed_N, bound_N)
         weight_N = jnp.where(is_frequent_N, bound_N, weight_N)
-        log_u_N = jnp.log(jax.random.uniform(keys[2], weight_N.shape))
-        taken_N = ~(log_u_N > weight_N - bound_N)  # And not "<=": NaN is taken.
-        now = _Drawn(
-            jnp.where(is_frequent_N, classes.entries[entry_N], classes.members[class_N, member_N]),
-            _pick(log_p_NxE, entry_N) + jnp.where(is_frequent_N, 0.0, _pick(log_p_NxR, member_N)),
+        # With the probability of weight over bound. Not "<=": NaN is taken.
+        taken_N = ~(bound_N - weight_N > jax.random.exponential(keys[2], weight_N.shape))
+        token_N = jnp.where(
+            is_frequent_N, classes.entries[entry_N], classes.members[class_N, member_N]
         )
+        new_N = taken_N & ~found_N
+        if top_p is not None:
+            of_member_N = jnp.where(is_frequent_N, 0.0, _pick(log_p_NxR, member_N))
+            log_p_N = _pick(log_p_NxE, entry_N) + of_member_N
+            new_N = in_nucleus(level, weights, classes, token_N, log_p_N, new_N, power, top_p)
         bound_NxE = bound_NxE.at[jnp.arange(len(entry_N)), entry_N].set(weight_N)
-        drawn = _Drawn(*(jnp.where(done_N, x, y) for x, y in zip(drawn, now, strict=True)))
-        return draws + 1, done_N | taken_N, bound_NxE, drawn
+        return draws + 1, jnp.where(new_N, token_N, tokens_N), found_N | new_N, bound_NxE
 
-    zeros_N = jnp.zeros_like(log_p_NxE[:, 0])
-    none = _Drawn(zeros_N.astype(jnp.int32), zeros_N)
+    def is_open(state: State) -> jax.Array:
+        return (state[0] < _NUM_DRAWS) & ~jnp.all(state[2])
+
+    none_N = jnp.zeros_like(log_p_NxE[:, 0], jnp.int32)
     bound_NxE = log_weight_NxE + jnp.where(is_class_E, slack, 0.0)
-    state = jnp.int32(0), jnp.zeros_like(zeros_N, bool), bound_NxE, none
-    return jax.lax.while_loop(lambda state: ~jnp.all(state[1]), draw, state)[-1]
+    state = jnp.int32(0), none_N, none_N.astype(bool), bound_NxE
+    _, tokens_N, found_N, _ = jax.lax.while_loop(is_open, draw, state)
+    return tokens_N, found_N
 
 
 def _pick(x_NxI: jax.Array, index_N: jax.Array) -> jax.Array:

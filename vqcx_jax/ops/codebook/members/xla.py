@@ -46,7 +46,8 @@ def logits_of_classes(
     tokens_xGxR = jnp.maximum(members_xGxR, 0)
     codes_xGxMxR = weights.codes.of_members[class_].astype(jnp.int32)
     codes_MxxGxR = jax.lax.optimization_barrier(jnp.moveaxis(codes_xGxMxR, -2, 0))
-    codes_MxxI = codes_MxxGxR.reshape(*codes_MxxGxR.shape[:-2], -1)
+    *rows, num_classes, num_ranks = codes_MxxGxR.shape
+    codes_MxxI = codes_MxxGxR.reshape(*rows, num_classes * num_ranks)
     z_xI = jnp.sum(jnp.take_along_axis(tables, codes_MxxI, axis=-1), axis=0)
     z_xGxR = z_xI.reshape(members_xGxR.shape)
     if weights.scale is not None:
