@@ -21,6 +21,7 @@ from vqcx_jax.nn.loss import summed_nll
 from vqcx_jax.ops.hierarchical import huffman_paths
 
 RULES = schema.ShardingRules()
+SEQUENCE_RULES = dataclasses.replace(RULES, sequence=("sequence",))
 MESHES = {
     "data8": {"data": 8, "fsdp": 1, "tensor": 1},
     "fsdp8": {"data": 1, "fsdp": 8, "tensor": 1},
@@ -174,7 +175,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     name: str, mesh_name: str, axis_type: str
 ) -> None:
     mesh = make_mesh(mesh_name, axis_type)
-    rules = dataclasses.replace(RULES, sequence=("sequence",)) if "sequence" in mesh_name else RULES
+    rules = SEQUENCE_RULES if "sequence" in mesh_name else RULES
     with jax.set_mesh(mesh):
         arguments = on_mesh(make_model(name, rules), mesh, rules)
         loss, gradients = loss_and_gradients(*arguments)
@@ -285,6 +286,22 @@ def test_logits_of_a_sharded_batch(name: str, axis_type: str) -> None:
         actual = jax.jit(logits)(nnx.merge(graphdef, params, buffers), batch["inputs"])
     assert actual.sharding.shard_shape(actual.shape)[0] == 2
     expected = jax.jit(logits)(make_model(name), make_batch()["inputs"])
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("name", ["complex_vq", "rope_full", "rope_huffman"])
+def test_log_probs_of_a_sharded_sequence(name: str, axis_type: str) -> None:
+    def log_probs(model: Transformer, inputs: jax.Array, tokens: jax.Array) -> jax.Array:
+        return model.head.log_probs(model.embedding(inputs), tokens)
+
+    tokens = np.arange(8 * 6 * 3).reshape(8, 6, 3) * 7 % 24
+    mesh, rules = make_mesh("fsdp2_tensor2_sequence2", axis_type), SEQUENCE_RULES
+    with jax.set_mesh(mesh):
+        graphdef, params, buffers, batch = on_mesh(make_model(name, rules), mesh, rules)
+        cut = jax.device_put(tokens, sharding.named_sharding(mesh, ("batch", "sequence"), rules))
+        actual = jax.jit(log_probs)(nnx.merge(graphdef, params, buffers), batch["inputs"], cut)
+    expected = jax.jit(log_probs)(make_model(name), make_batch()["inputs"], tokens)
     assert_same(actual, expected)
 
 

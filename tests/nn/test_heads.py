@@ -25,6 +25,7 @@ from vqcx_jax.nn import (
     Head,
     HuffmanHead,
     LowRankHead,
+    MultiVQHead,
     TwoLevelHead,
     VQHead,
     functional,
@@ -514,6 +515,17 @@ def test_labels_are_integers(h: jax.Array) -> None:
             "paths hold 9: must be in 0 .. 4",
         ),
         (partial(HuffmanHead, jnp.zeros(3, int), 8), r"paths have shape \(3,\)"),
+        (partial(FullHead, 0, 8), "vocab_size=0: must be at least 1"),
+        (partial(LowRankHead, 9, 8, 0), "rank=0: must be at least 1"),
+        *(
+            (partial(make, logit_soft_cap=0.0), "logit_soft_cap=0.0: must be positive or None")
+            for make in (
+                partial(FullHead, 9, 8),
+                partial(LowRankHead, 9, 8, 2),
+                partial(VQHead, jnp.arange(9) % 4, 4, 8),
+                partial(MultiVQHead, jnp.zeros((9, 2), int), 4, 8),
+            )
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:

@@ -17,6 +17,19 @@ def check_shape(name: str, x: jax.Array | np.ndarray | None, shape: tuple[int, .
         raise UserError(f"{name} has shape {x.shape}; it must be {shape}")
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises UserError, with the name, for a size that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name}={size}: must be at least 1")
+
+
+def check_width(h: jax.Array, rows: jax.Array) -> None:
+    """Raises UserError unless hidden states (..., D) have the width of rows (..., D)."""
+    if h.shape[-1] != rows.shape[-1]:
+        raise UserError(f"h has width {h.shape[-1]}; it must be {rows.shape[-1]}, as wide as rows")
+
+
 def check_per_token(name: str, x: jax.Array | None, vocab_size: int) -> None:
     """Raises UserError unless x is None or has one value a token, (vocab_size,)."""
     if x is not None and x.shape != (vocab_size,):
@@ -25,11 +38,13 @@ def check_per_token(name: str, x: jax.Array | None, vocab_size: int) -> None:
         )
 
 
-def check_targets(targets: jax.Array | np.ndarray, vocab_size: int) -> None:
-    """Raises UserError unless targets are integers and, where they are known, in [0, vocab_size).
+def check_targets(targets: jax.Array | np.ndarray, vocab_size: int, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless targets are integers of this shape, that of the hidden states but D.
 
-    Operations take tokens alone; labels that are to be ignored are for `ops.labels`.
+    So it does where values are known and not in [0, vocab_size). Operations take tokens alone;
+    labels that are to be ignored are for `ops.labels`.
     """
+    check_shape("targets", targets, shape)
     if not np.issubdtype(targets.dtype, np.integer):
         raise UserError(f"targets have dtype {targets.dtype}; they must be integers")
     check_range("targets", targets, vocab_size)

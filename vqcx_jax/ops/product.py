@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.checks import check_width
+
 
 def product(h: jax.Array, weights: jax.Array, subscripts: str = "...d,vd->...v") -> jax.Array:
     """weights[v] . h, accumulated in float32; its cotangent is cast to the operands' dtype.
@@ -18,7 +20,11 @@ def product(h: jax.Array, weights: jax.Array, subscripts: str = "...d,vd->...v")
 
     Returns:
         float32 (..., V).
+
+    Raises:
+        UserError: rows are not as wide as h.
     """
+    check_width(h, weights)
     return _product(subscripts, h, weights)
 
 

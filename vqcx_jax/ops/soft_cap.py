@@ -8,11 +8,23 @@ honours the same definition (Gemma Team 2024, whose output layer has no bias).
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.errors import UserError
+
+
+def check_cap(cap: float | None, name: str = "cap") -> None:
+    """Raises UserError unless it is positive or None."""
+    if cap is not None and not cap > 0:
+        raise UserError(f"{name}={cap}: must be positive or None")
+
 
 def soft_cap(product: jax.Array, cap: float | None) -> jax.Array:
     """Cap * tanh(product / cap): nearly product where that is small, always within +-cap.
 
     Args:
         product: float32 (...). cap: positive; None: product as it is.
+
+    Raises:
+        UserError: cap is not positive.
     """
+    check_cap(cap)
     return product if cap is None else cap * jnp.tanh(product / cap)

@@ -113,6 +113,14 @@ def test_targets_that_are_no_tokens_are_refused(target: int) -> None:
         classes.nll(h, weights, CLASSES, targets.at[0, 0].set(target))
 
 
+def test_targets_and_counts_of_another_shape_are_refused() -> None:
+    h, weights, targets = make(jnp.float32)
+    with pytest.raises(UserError, match="targets has shape"):
+        classes.nll(h, weights, CLASSES, targets[:, :1])
+    with pytest.raises(UserError, match="counts has shape"):
+        classes.summed_nll(h, weights, CLASSES, targets, jnp.ones((1, 1), bool))
+
+
 def test_a_loss_of_nan_is_not_hidden() -> None:
     h, weights, targets = make(jnp.float32)
     nll = classes.nll(h.at[0].set(jnp.nan), weights, CLASSES, targets)

@@ -229,6 +229,9 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
         ({"targets": jnp.asarray([1000])}, "targets hold 1000: must be in 0 .. 999"),
         ({"targets": jnp.asarray([-100])}, "targets hold -100: must be in 0 .. 999"),
         ({"targets": jnp.asarray([1.0])}, "targets have dtype float32; they must be integers"),
+        ({"targets": jnp.asarray(3)}, r"targets has shape \(\); it must be \(1,\)"),
+        ({"counts": jnp.ones((1, 1), bool)}, r"counts has shape \(1, 1\); it must be \(1,\)"),
+        ({"h": jnp.ones((1, 3))}, "h has width 3; it must be 4, as wide as rows"),
         ({"assignment": jnp.full(1000, 8)}, "assignment holds code 8; codes must be in 0 .. 7"),
         ({"assignment": jnp.zeros(4, int)}, "num_codes=8: must be at most the 4 tokens"),
         ({"bias": jnp.zeros(1)}, r"bias has shape \(1,\); it must have one value a token"),
@@ -236,10 +239,26 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 )
 def test_what_does_not_fit_is_refused(change: dict[str, jax.Array], message: str) -> None:
     """At the call, where values are known."""
-    given = {"assignment": jnp.arange(1000) % 8, "targets": jnp.asarray([3]), "bias": None}
-    given |= change
-    h, codes = jnp.ones((1, 4)), jnp.ones((8, 4))
+    given = {
+        "h": jnp.ones((1, 4)),
+        "codes": jnp.ones((8, 4)),
+        "assignment": jnp.arange(1000) % 8,
+        "targets": jnp.asarray([3]),
+        "counts": jnp.ones(1, bool),
+    } | change
     with pytest.raises(UserError, match=message):
-        codebook.nll(h, codes, **given)
-    with pytest.raises(UserError, match=message):
-        codebook.summed_nll(h, codes, given.pop("assignment"), counts=jnp.ones(1, bool), **given)
+        codebook.summed_nll(**given)
+    given.pop("counts")
+    if "counts" not in change:
+        with pytest.raises(UserError, match=message):
+            codebook.nll(**given)
+
+
+def test_arrays_of_numpy() -> None:
+    """Maps are, when they are loaded."""
+    h, codes, bias = np.ones((2, 4), np.float32), np.eye(3, 4, dtype=np.float32), np.arange(9.0)
+    given = np.arange(9) % 3, np.array([3, 8])
+    expected = codebook.nll(jnp.asarray(h), jnp.asarray(codes), *map(jnp.asarray, given))
+    chex.assert_trees_all_equal(codebook.nll(h, codes, *given), expected)
+    of_both = codebook.summed_nll(h, codes, *given, np.ones(2, bool), bias)
+    assert of_both[0] == pytest.approx(np.sum(codebook.nll(h, codes, *given, bias)[0]))

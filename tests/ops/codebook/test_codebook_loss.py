@@ -144,6 +144,7 @@ def test_closed_forms_have_no_kernel() -> None:
     ("change", "message"),
     [
         ({"targets": jnp.asarray([30])}, "targets hold 30: must be in 0 .. 29"),
+        ({"targets": jnp.asarray(3)}, r"targets has shape \(\); it must be \(1,\)"),
         ({"assignment": jnp.full((30, 2), 4)}, "assignment holds code 4; codes must be in 0 .. 3"),
         ({"assignment": jnp.zeros((4, 2), int)}, "num_codes=5: must be at most the 4 tokens"),
         ({"bias": jnp.zeros(1)}, r"bias has shape \(1,\); it must have one value a token"),
@@ -163,3 +164,10 @@ def test_what_does_not_fit_is_refused(change: Any, message: str) -> None:
     codebooks = jnp.ones((5, 6)), jnp.ones((4, 6))
     with pytest.raises(UserError, match=message):
         loss.summed_nll(jnp.ones((1, 6)), codebooks, counts=jnp.ones(1, bool), **given)
+
+
+def test_counts_of_another_shape_are_refused() -> None:
+    codebooks = jnp.ones((5, 6)), jnp.ones((4, 6))
+    targets = jnp.asarray([3]), jnp.ones((), bool)
+    with pytest.raises(UserError, match=r"counts has shape \(\); it must be \(1,\)"):
+        loss.summed_nll(jnp.ones((1, 6)), codebooks, jnp.zeros((30, 2), int), *targets)

@@ -241,6 +241,12 @@ def test_what_does_not_fit_is_refused() -> None:
             function(x.h, x.weights, jnp.full_like(x.targets, num_rows), **more)
         with pytest.raises(UserError, match=r"bias has shape \(1,\); it must have one value"):
             function(x.h, x.weights, x.targets, bias=jnp.zeros(1), **more)
+        with pytest.raises(UserError, match=r"targets has shape \(\); it must be"):
+            function(x.h, x.weights, jnp.int32(0), **more)
+        with pytest.raises(UserError, match="h has width 1; it must be"):
+            function(x.h[..., :1], x.weights, x.targets, **more)
+    with pytest.raises(UserError, match=r"counts has shape \(\); it must be"):
+        softmax.summed_nll(x.h, x.weights, x.targets, jnp.ones((), bool))
 
 
 def with_gradients(case: Case) -> Callable[[Inputs], Any]:

@@ -97,9 +97,19 @@ class Head(nnx.Module, abc.ABC):
 
     def log_probs(self, h_BxTxD: jax.Array, tokens_BxTxC: jax.Array) -> jax.Array:
         """Log p of C given tokens at each position, float32 (B, T, C). Tokens as in `nll`."""
-        b, t, c = tokens_BxTxC.shape
-        h_BxTCxD = jnp.repeat(h_BxTxD, c, axis=1)
-        return -self.nll(h_BxTCxD, tokens_BxTxC.reshape(b, t * c))[0].reshape(b, t, c)
+        num_tokens = tokens_BxTxC.shape[-1]
+        check_shape("tokens", tokens_BxTxC, (*h_BxTxD.shape[:-1], num_tokens))
+
+        def listed(h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.repeat(h, num_tokens, axis=1), tokens.reshape(len(tokens), -1)
+
+        def by_position(nll: jax.Array) -> tuple[jax.Array]:
+            return (nll.reshape(len(nll), nll.shape[1] // num_tokens, num_tokens),)
+
+        # On each device, as a sequence that is cut keeps its cuts.
+        rows = per_device(listed, [HIDDEN, HIDDEN], (HIDDEN, ROWS), self.rules)
+        nll_BxTC = self.nll(*rows(h_BxTxD, constrain(tokens_BxTxC, HIDDEN, self.rules)))[0]
+        return -per_device(by_position, [ROWS], (HIDDEN,), self.rules)(nll_BxTC)[0]
 
     def top_k(self, h_BxTxD: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """The k most probable tokens, in order; of equals, the lowest id first.

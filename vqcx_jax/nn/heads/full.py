@@ -13,7 +13,8 @@ from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.layers import HIDDEN, ROWS, embed
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import softmax
-from vqcx_jax.ops.checks import check_shape
+from vqcx_jax.ops.checks import check_positive, check_shape
+from vqcx_jax.ops.soft_cap import check_cap
 from vqcx_jax.sharding import LogicalAxes, constrain, mesh_axes, per_device
 
 _Implementation = Literal["plain", "streamed"]
@@ -31,7 +32,8 @@ class FullHead(Head):
         weights: float32 (V, D) to start from, or None for random.
 
     Raises:
-        UserError: weights are not (V, D), or an implementation that is none.
+        UserError: sizes or a cap that are not positive, weights that are not (V, D), or an
+            implementation that is none.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class FullHead(Head):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(vocab_size=vocab_size, dim=dim)
+        check_cap(logit_soft_cap, "logit_soft_cap")
         check_shape("weights", weights, (vocab_size, dim))
         if implementation not in get_args(_Implementation):
             accepted = get_args(_Implementation)

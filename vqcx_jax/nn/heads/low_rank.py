@@ -8,12 +8,18 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.heads.base import Head
 from vqcx_jax.nn.layers import fan_in_normal
 from vqcx_jax.nn.variables import param
+from vqcx_jax.ops.checks import check_positive
+from vqcx_jax.ops.soft_cap import check_cap
 from vqcx_jax.ops.softmax import low_rank
 from vqcx_jax.sharding import constrain
 
 
 class LowRankHead(Head):
-    """z = U (A h) + b with A of `rank` rows, the product optionally soft-capped."""
+    """z = U (A h) + b with A of `rank` rows, the product optionally soft-capped.
+
+    Raises:
+        UserError: sizes or a cap that are not positive.
+    """
 
     def __init__(
         self,
@@ -27,6 +33,8 @@ class LowRankHead(Head):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(vocab_size=vocab_size, dim=dim, rank=rank)
+        check_cap(logit_soft_cap, "logit_soft_cap")
         # A keeps the size of h, so that U starts as the weights of a full head do.
         self.down = param(fan_in_normal(rngs.params(), (rank, dim), dim), (None, "embed"))
         up = 0.02 * jax.random.normal(rngs.params(), (vocab_size, rank), jnp.float32)

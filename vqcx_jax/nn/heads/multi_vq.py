@@ -18,6 +18,7 @@ from vqcx_jax.ops.codebook import check_codes, loss, multi
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
 from vqcx_jax.ops.codebook.checks import check_own_tokens
 from vqcx_jax.ops.codebook.multi import Form
+from vqcx_jax.ops.soft_cap import check_cap
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 
@@ -48,8 +49,8 @@ class MultiVQHead(Head):
         scale, own_vectors: float32 (V,) and (T, D) to start from, or None for ones and random.
 
     Raises:
-        UserError: shapes that do not fit, codes or own tokens out of range, or an option that
-            another one makes void.
+        UserError: shapes that do not fit, codes or own tokens out of range, a cap that is not
+            positive, or an option that another one makes void.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class MultiVQHead(Head):
         vocab_size, num_codebooks = assignment.shape
         check_codes(assignment, num_codes)
         multi.check_form(form)
+        check_cap(logit_soft_cap, "logit_soft_cap")
         if form == "product" and dim % num_codebooks:
             raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
         if expand_vectors and logit_soft_cap is not None:

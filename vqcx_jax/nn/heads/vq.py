@@ -15,6 +15,7 @@ from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, sampling, soft_cap
 from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
+from vqcx_jax.ops.soft_cap import check_cap
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
 
 
@@ -28,7 +29,8 @@ class VQHead(Head):
         implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
 
     Raises:
-        UserError: shapes that do not fit, codes outside [0, num_codes), or more codes than tokens.
+        UserError: shapes that do not fit, codes outside [0, num_codes), more codes than tokens, or
+            a cap that is not positive.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class VQHead(Head):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_cap(logit_soft_cap, "logit_soft_cap")
         check_shape("assignment", assignment, assignment.shape[:1])
         codebook.check_codes(assignment, num_codes)
         check_shape("codes", codes, (num_codes, dim))

@@ -91,15 +91,15 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: not two codebooks, assignment not (V, 2) or bias not (V,); codes or targets out
-            of range, where they are known.
+        UserError: not two codebooks, assignment not (V, 2), bias not (V,), or targets are not one
+            for each position; codes or targets out of range, where they are known.
     """
     if len(code_logits) != 2:
         raise UserError(f"code_logits has {len(code_logits)} codebooks; the bilinear form takes 2")
     multi.check_assignment(code_logits, assignment)
     l1, l2 = code_logits
     check_codes(assignment, (l1.shape[-1], l2.shape[-1]))
-    check_targets(targets, assignment.shape[0])
+    check_targets(targets, assignment.shape[0], l1.shape[:-1])
     z = log_z(code_logits, cell_log_mass(assignment, (l1.shape[-1], l2.shape[-1]), bias))
     return z - multi.target_logits(code_logits, assignment, targets, bias), z
 

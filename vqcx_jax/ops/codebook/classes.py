@@ -59,11 +59,12 @@ def nll(
 ) -> jax.Array:
     """-log p(target | h), float32 (...), for h (..., D) and targets int (...) in [0, V).
 
-    Raises UserError where targets are known and not in [0, V): -100 is for heads.
+    Raises UserError where targets are not one for each h, or are known and not in [0, V): -100 is
+    for heads.
 
     `implementation` and `product_dtype` are of the second level, see `members.nll`.
     """
-    entry, class_, rank = _places(classes, targets)
+    entry, class_, rank = _places(h, classes, targets)
     nll_of_entry = _nll(entry_logits(h, entry_vectors(weights, classes), weights, classes), entry)
     nll_of_member = members.nll(
         h,
@@ -92,7 +93,7 @@ def summed_nll(
     `implementation` is of both levels, see `softmax.resident` for the first one. Under `shard_map`
     the sum is of each device's own positions.
     """
-    entry, class_, rank = _places(classes, targets)
+    entry, class_, rank = _places(h, classes, targets)
     nll_of_entries, _ = resident.summed_nll(
         h,
         entry_vectors(weights, classes),
@@ -113,9 +114,11 @@ def summed_nll(
     return nll_of_entries + jnp.sum(nll_of_members)
 
 
-def _places(classes: Classes, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _places(
+    h: jax.Array, classes: Classes, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Entry, class (negative: none) and rank of tokens."""
-    check_targets(targets, len(classes.entry_of))
+    check_targets(targets, len(classes.entry_of), h.shape[:-1])
     # Barriers keep XLA from computing these again for every element that is compared with them.
     entry, rank = jax.lax.optimization_barrier(
         (classes.entry_of[targets], classes.rank_of[targets])

@@ -77,11 +77,11 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: bias is not (V,), more codes than tokens; where values are known, codes or
-            targets out of range.
+        UserError: bias is not (V,), targets are not one for each h, more codes than tokens; where
+            values are known, codes or targets out of range.
     """
     num_codes = codes.shape[0]
-    _check(codes, assignment, targets, bias)
+    _check(h, codes, assignment, targets, bias)
     l = soft_cap(code_logits(h, codes), cap)
     log_z = jax.nn.logsumexp(l + code_log_mass(assignment, num_codes, bias), axis=-1)
     # A masked sum instead of a gather: its gradient is dense arithmetic, not a scatter.
@@ -121,7 +121,7 @@ def summed_nll(
     Raises:
         UserError: as `nll`, and as `softmax.resident.summed_nll`.
     """
-    _check(codes, assignment, targets, bias)
+    _check(h, codes, assignment, targets, bias)
     log_mass_K = code_log_mass(assignment, codes.shape[0], bias)
     target_codes = take(assignment, targets)
     loss, nll = resident.summed_nll(
@@ -159,8 +159,12 @@ def logits(
 
 
 def _check(
-    codes: jax.Array, assignment: jax.Array, targets: jax.Array, bias: jax.Array | None
+    h: jax.Array,
+    codes: jax.Array,
+    assignment: jax.Array,
+    targets: jax.Array,
+    bias: jax.Array | None,
 ) -> None:
     check_codes(assignment, codes.shape[0])
-    check_targets(targets, assignment.shape[0])
+    check_targets(targets, assignment.shape[0], h.shape[:-1])
     check_per_token("bias", bias, assignment.shape[0])

@@ -107,9 +107,11 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: as `log_z`; targets out of range, where they are known.
+        UserError: as `log_z`; targets are not one for each position or, where they are known, out
+            of range.
     """
-    check_targets(targets, assignment.shape[0])
+    multi.check_assignment(code_logits, assignment)
+    check_targets(targets, assignment.shape[0], code_logits[0].shape[:-1])
     log_z_of = functools.partial(
         log_z, code_logits, assignment, implementation=implementation, product_dtype=product_dtype
     )
@@ -157,8 +159,8 @@ def summed_nll(
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: not two codebooks, bias is not (V,), codes or targets out of range where they
-            are known, and as `pairs.summed_nll`.
+        UserError: not two codebooks, bias is not (V,), targets are not one for each h, codes or
+            targets out of range where they are known, and as `pairs.summed_nll`.
     """
     multi.check_assignment(codebooks, assignment)
     if len(codebooks) != 2:
@@ -166,7 +168,7 @@ def summed_nll(
     check_per_token("bias", bias, assignment.shape[0])
     num_codes = len(codebooks[0]), len(codebooks[1])
     check_codes(assignment, num_codes)
-    check_targets(targets, assignment.shape[0])
+    check_targets(targets, assignment.shape[0], h.shape[:-1])
     log_mass_IxJ = bilinear.cell_log_mass(assignment, num_codes, bias)
     # One gather instead of two; of rows of two, a TPU would make a copy with 128 lanes each.
     cells_of_targets = take(bilinear.cells(assignment, num_codes), targets)

@@ -46,9 +46,10 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: bias is not (V,), or targets out of range, where they are known.
+        UserError: bias is not (V,), or targets are not one for each h, or are out of range, where
+            they are known.
     """
-    check_targets(targets, weights.shape[0])
+    check_targets(targets, weights.shape[0], h.shape[:-1])
     z = logits(h, weights, bias, cap=cap)
     log_z = jax.nn.logsumexp(z, axis=-1)
     # A masked sum instead of a gather: V may be sharded, and no device then holds every row.

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.checks import check_per_token, check_targets
+from vqcx_jax.ops.checks import check_per_token, check_targets, check_width
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax.blocks import (
     VOCAB_BLOCK,
@@ -67,14 +67,14 @@ def nll(
         nll, log_z: float32 (...).
 
     Raises:
-        UserError: vocab_block is not positive, bias is not (V,), or targets out of range, where
-            they are known.
+        UserError: vocab_block is not positive, bias is not (V,), targets are not one for each h;
+            where they are known, targets out of range.
     """
     if vocab_block < 1:
         raise UserError(f"vocab_block is {vocab_block}; it must be a positive integer")
     check_per_token("bias", bias, weights.shape[0])
-    if not vocab_axes:
-        check_targets(targets, weights.shape[0])
+    check_width(h, weights)
+    check_targets(targets, weights.shape[0], h.shape[:-1])
     shape = targets.shape
     if vocab_axes:
         h = varying_like(h, weights)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.checks import check_per_token, check_targets
+from vqcx_jax.ops.checks import check_per_token, check_shape, check_targets, check_width
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax import streamed
 from vqcx_jax.ops.softmax.blocks import (
@@ -87,14 +87,15 @@ def summed_nll(
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: token_block is not positive, bias is not (V,), or targets out of range, where
-            they are known.
+        UserError: token_block is not positive, bias is not (V,), targets or counts are not one for
+            each h; where they are known, targets out of range.
     """
     if token_block < 1:
         raise UserError(f"token_block is {token_block}; it must be a positive integer")
     check_per_token("bias", bias, weights.shape[0])
-    if not vocab_axes:
-        check_targets(targets, weights.shape[0])
+    check_width(h, weights)
+    check_targets(targets, weights.shape[0], h.shape[:-1])
+    check_shape("counts", counts, targets.shape)
     if vocab_axes:
         h = varying_like(h, weights)
     loss, nll = _sums(

@@ -5,6 +5,7 @@ import functools
 import jax
 
 from vqcx_jax.ops import dispatch
+from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook.multi import Form
 from vqcx_jax.ops.codebook.pairs import tpu, xla
 
@@ -41,8 +42,11 @@ def summed_nll(
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: the implementation that was named cannot run, or codebooks that do not fit.
+        UserError: the implementation that was named cannot run, codebooks that do not fit, or
+            codes or counts that are not one for each h.
     """
+    for name, x in (*(("codes", x) for x in codes), ("counts", counts)):
+        check_shape(name, x, h.shape[:-1])
     args = (h, codebooks, log_mass, codes, counts, z_loss)
     implementations = {
         dispatch.XLA: functools.partial(xla.summed_nll, *args, form=form, cap=cap),

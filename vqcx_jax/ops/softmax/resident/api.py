@@ -5,6 +5,7 @@ import functools
 import jax
 
 from vqcx_jax.ops import dispatch
+from vqcx_jax.ops.checks import check_shape, check_targets
 from vqcx_jax.ops.softmax.resident import tpu, xla
 
 
@@ -36,8 +37,11 @@ def summed_nll(
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: the implementation that was named cannot run.
+        UserError: the implementation that was named cannot run; targets or counts are not one for
+            each h; where they are known, targets out of range.
     """
+    check_targets(targets, weights.shape[0], h.shape[:-1])
+    check_shape("counts", counts, targets.shape)
     args = (h, weights, targets, counts, bias, z_loss)
     implementations = {
         dispatch.XLA: functools.partial(xla.summed_nll, *args, cap=cap),
