@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_run import save_checkpoint, tiny_config
 
 import vqcx_jax
 from vqcx_jax import cli, data
-from vqcx_jax.config import apply_overrides, to_json
+from vqcx_jax.config import apply_overrides, schema, to_json
 from vqcx_jax.maps import TokenMap, __main__
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors
@@ -58,7 +59,7 @@ PRODUCT = ["--method=product", "--num_codebooks=4", "--num_codes=8"]
         ["--method=residual", "--num_codebooks=2", "--num_codes=8", "--own=4", "--balanced=true"],
         [*PRODUCT, "--scale=true", "--rotate=true", "--unique=true", "--seed=3"],
         [*PRODUCT, "--scale=true", "--classes=9", "--frequent=5"],
-        [*PRODUCT, "--classes=9"],
+        [*PRODUCT, "--scale=false", "--classes=9", "--frequent=0"],
     ],
 )
 def test_the_printed_command_trains_on_the_map(
@@ -73,8 +74,8 @@ def test_the_printed_command_trains_on_the_map(
     assert out.startswith("codes ") and "\nvectors " in out and "\nusage " in out
     assert ("--classes=9" in arguments) == ("\nclasses  9 of at most " in out)
     argv = next_command(out)
-    assert argv[:3] == ["python", "train.py", f"--config={config_file}"]
-    overrides = [tuple(a.removeprefix("--config.").split("=", 1)) for a in argv[3:]]
+    assert argv[:4] == ["python", "train.py", f"--config={config_file}", "--workdir=runs/map"]
+    overrides = [tuple(a.removeprefix("--config.").split("=", 1)) for a in argv[4:]]
     setup = prepare(apply_overrides(tiny_config(tmp_path), overrides), tmp_path / "run", None)
     used = setup.token_map
     assert used is not None and used.codebooks is not None and token_map.codebooks is not None
@@ -90,6 +91,42 @@ def test_the_printed_command_trains_on_the_map(
         np.testing.assert_array_equal(used.classes.scale, token_map.classes.scale)
         assert np.sum(used.classes.of_token < 0) == (5 if "--frequent=5" in arguments else 0)
     build_model(setup.config, used, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("of_config", "arguments", "expected"),
+    [
+        ({"kind": "class_vq"}, [], ("class_vq", 64, 4, True, 65, 65)),
+        ({"kind": "class_vq"}, ["--classes=9", "--scale=false"], ("class_vq", 64, 4, False, 9, 65)),
+        ({"kind": "class_vq"}, ["--classes=0"], ("vq", 64, 4, True, None, None)),
+        ({"kind": "class_vq"}, ["--method=kmeans"], ("vq", 512, 1, False, None, None)),
+        ({"kind": "full"}, ["--num_codebooks=4"], ("class_vq", 64, 4, True, 65, 65)),
+        ({"num_codes": "9"}, [], ("vq", 9, 1, False, None, None)),
+        ({"num_codes": "9"}, ["--num_codebooks=2"], ("vq", 9, 2, False, None, None)),
+        (
+            {"num_codes": "9", "num_codebooks": "4", "form": "product", "token_scale": "true"},
+            [],
+            ("vq", 9, 4, True, None, None),
+        ),
+    ],
+)
+def test_sizes_are_those_of_the_configuration(
+    of_config: dict[str, str], arguments: list[str], expected: Any
+) -> None:
+    """What is not given; class_vq, with as many codebooks as its configuration, by default."""
+    if of_config.get("kind") == "class_vq":
+        of_config = {**of_config, "num_codebooks": "4"}
+    overrides = [(f"model.head.{name}", value) for name, value in of_config.items()]
+    config = apply_overrides(schema.Config(model=schema.Model(head=schema.VQHead())), overrides)
+    flags, _ = cli.parse_args(__main__.Flags, ["--output=map.npz", *arguments])
+    head, method = __main__._head(config.model.head, flags)
+    options = __main__._options(flags, head, method)
+    assert options.num_codes == head.num_codes and options.num_codebooks == head.num_codebooks
+    assert options.scale == head.token_scale
+    sizes = None, None
+    if isinstance(head, schema.ClassVQHead):
+        sizes = head.sizes(264)[:2]
+    assert (head.kind, head.num_codes, head.num_codebooks, head.token_scale, *sizes) == expected
 
 
 def test_provenance(
@@ -177,24 +214,39 @@ def test_vectors_from_a_file_and_from_a_run(
         (["--output=gs://bucket/map.npz"], "--output='gs://bucket/map.npz': must be a path"),
         (["--num_codes=0"], "--num_codes='0': must be greater than or equal to 1"),
         (["--num_codes=300"], "model.head.num_codes=300: must be at most model.vocab_size=264"),
-        (["--num_codebooks=5"], "model.head.num_codebooks=5: must divide model.embed_dim=16"),
+        (
+            ["--num_codebooks=5", "--method=product"],
+            "model.head.num_codebooks=5: must divide model.embed_dim=16",
+        ),
         (["--method=kmeans", "--num_codebooks=2"], "num_codebooks=2: must be 1 for method='kmean"),
         (["--method=residual", "--rotate=true"], "rotate=True: needs method='product'"),
-        (["--vectors=none.npy"], "vectors='none.npy': not a readable .npy file"),
+        (["--vectors=none.npy"], "vectors='none.npy': no such file"),
         (["--vectors=.", "--dim=3"], "--dim=3: needs --vectors=cooccurrence"),
+        (["--vectors=.", "--window=4"], "--window=4: needs --vectors=cooccurrence"),
+        (["--vectors=.", "--num_contexts=9"], "--num_contexts=9: needs --vectors=cooccurrence"),
+        (["--output=config.py/map.npz"], "--output='config.py/map.npz': must be a file that can"),
         (["--dim=264"], "dim=264: must be at most 263"),
         (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere'"),
         (["--num_codes=8", "--num_codebooks=2", "--unique=true"], "num_codes=8, num_codebooks=2"),
         (["--num_codes=100"], "num_codes=100: must be at most "),
         (
-            ["--classes=300"],
+            [*PRODUCT, "--classes=300"],
             "model.head.num_classes=300: must be at most model.vocab_size=264 less",
         ),
-        (["--classes=3", "--frequent=264"], "model.head.num_frequent=264: must be less than model"),
-        (["--classes=3", "--num_codes=8", "--own=2"], "own=2: must be 0 with classes=3"),
-        (["--classes=3", "--method=residual"], "classes=3: needs method='product', not 'residual'"),
+        (
+            [*PRODUCT, "--classes=3", "--frequent=264"],
+            "model.head.num_frequent=264: must be less than model",
+        ),
+        ([*PRODUCT, "--classes=3", "--own=2"], "own=2: must be 0 with classes=3"),
+        (
+            [*PRODUCT, "--classes=3", "--method=residual"],
+            "classes=3: needs method='product', not 'residual'",
+        ),
         (["--num_codes=8", "--frequent=3"], "frequent=3: needs classes of 1 or more"),
-        (["--classes=3", "--config.train.z_loss=0.1"], "train.z_loss=0.1: has no effect on"),
+        (
+            [*PRODUCT, "--classes=3", "--config.train.z_loss=0.1"],
+            "train.z_loss=0.1: has no effect on",
+        ),
     ],
 )
 def test_mistakes(
@@ -204,6 +256,7 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(config_file.parent)
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: command(monkeypatch, config_file, *arguments) and None)
     assert caught.value.code == 2

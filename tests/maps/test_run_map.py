@@ -182,8 +182,9 @@ def test_map_of_a_real_run_starts_another(
     assert setup.token_map is not None
     assert np.any(token_map.codes != setup.token_map.codes)
 
-    python, script, of_config, *flags = shlex.split(last.removeprefix("next: "))
+    python, script, of_config, workdir, *flags = shlex.split(last.removeprefix("next: "))
     assert (python, script, of_config) == ("python", "train.py", "--config=CONFIG")
+    assert workdir == "--workdir=runs/map"
     changes = [tuple(flag.removeprefix("--config.").split("=", 1)) for flag in flags]
     new = prepare(apply_overrides(tiny_config(tmp_path), changes), tmp_path / "new", None)
     assert new.token_map is not None and token_map.codebooks is not None

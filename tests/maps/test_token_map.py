@@ -195,7 +195,8 @@ def test_not_an_npz_file(tmp_path: Path, content: Any) -> None:
     elif content is not None:
         with path.open("wb") as file:
             np.save(file, content)
-    with pytest.raises(DataError, match="^token map '.*': not a readable .npz file$"):
+    reason = "no such file" if content is None else "not a readable .npz file"
+    with pytest.raises(DataError, match=f"^token map '.*': {reason}$"):
         TokenMap.load(path)
 
 

@@ -106,7 +106,7 @@ def test_load_vectors(tmp_path: Path, dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(None, "not a readable .npy file", id="missing"),
+        pytest.param(None, "no such file", id="missing"),
         pytest.param(b"", "not a readable .npy file", id="empty"),
         pytest.param(b"hello world", "not a readable .npy file", id="text"),
         pytest.param(b"PK\x03\x04 zip?", "not a readable .npy file", id="broken_zip"),

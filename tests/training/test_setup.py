@@ -71,6 +71,11 @@ def test_how_a_run_is_computed_may_change(
         ({"data__tokenizer__kind": "word"}, "data.tokenizer.kind='word': the checkpoint"),
         ({"data__dataset__validation_fraction": "0.5"}, "data.dataset.validation_fraction=0.5:"),
         ({"model__head__assignment": "random"}, "model.head.assignment='random': the checkpoint"),
+        ({"train__seed": "1"}, "train.seed=1: the checkpoint"),
+        (
+            {"train__steps": "2", "optimizer__warmup_steps": "1"},
+            "train.steps=2: must be at least 3, which the checkpoint",
+        ),
     ],
 )
 def test_other_data_or_model_is_named(
@@ -157,7 +162,9 @@ def test_token_map_from_a_file_must_be_of_the_tokenizer(corpus: Path, tmp_path: 
         prepare(tiny_config(corpus, **from_file, data__tokenizer__kind="word"), tmp_path, None)
 
 
-def test_token_map_may_move(corpus: Path, tmp_path: Path) -> None:
+def test_token_map_may_move_but_not_change(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = prepare(tiny_config(corpus), tmp_path, None)
     assert first.token_map is not None
     first.token_map.save(tmp_path / "map.npz")
@@ -166,8 +173,41 @@ def test_token_map_may_move(corpus: Path, tmp_path: Path) -> None:
     config = tiny_config(corpus, **from_file, model__head__token_map=token_map)
     save_checkpoint(config, tmp_path / "run", step=3)
     moved = tiny_config(corpus, **from_file, model__head__token_map="elsewhere.npz")
-    # The checkpoint has the map; the file is no longer read.
+    # The checkpoint has the map; the file is no longer needed.
+    resumed = prepare(moved, tmp_path / "run/checkpoints", 3)
+    assert resumed.config == moved
+    assert resumed.to_json()["token_map"] == first.to_json()["token_map"]
+    # The same codes, with another provenance.
+    dataclasses.replace(first.token_map, provenance={}).save(tmp_path / "elsewhere.npz")
+    monkeypatch.chdir(tmp_path)
     assert prepare(moved, tmp_path / "run/checkpoints", 3).config == moved
+    other = first.token_map.codes[::-1].copy()
+    dataclasses.replace(first.token_map, codes=other).save(tmp_path / "elsewhere.npz")
+    with pytest.raises(CheckpointError, match="token_map='elsewhere.npz': is not the map of the"):
+        prepare(moved, tmp_path / "run/checkpoints", 3)
+
+
+@pytest.mark.parametrize("assignment", ["frequency", "contiguous", "random", "cooccurrence"])
+def test_provenance_of_maps_that_are_made(assignment: str, corpus: Path, tmp_path: Path) -> None:
+    """A map that is kept and taken elsewhere must say whose tokens it is of."""
+    of_map = {"model__head__assignment": assignment, "model__head__num_codes": "9"}
+    config = tiny_config(corpus, **of_map, data__cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):  # The second time from the cache.
+        setup = prepare(config, tmp_path, None)
+        assert setup.token_map is not None
+        provenance = setup.token_map.provenance
+        assert provenance["assignment"] == assignment
+        assert provenance["tokenizer"] == tokenizer_fingerprint(setup.tokenizer)
+        assert provenance["corpus"]["fingerprint"] == setup.corpus.fingerprint
+        assert provenance["count_tokens"] == 20_000_000
+        assert provenance.get("seed") == (0 if assignment in ("random", "cooccurrence") else None)
+    setup.token_map.save(tmp_path / "map.npz")
+    from_file = {"assignment": "file", "token_map": str(tmp_path / "map.npz"), "num_codes": "9"}
+    words = {"data__tokenizer__kind": "word"} | {
+        f"model__head__{name}": value for name, value in from_file.items()
+    }
+    with pytest.raises(DataError, match="made for another vocabulary, of the tokenizer"):
+        prepare(tiny_config(corpus, **words), tmp_path, None)
 
 
 def test_tokens_are_ordered_by_the_counts_of_the_training_text(
@@ -239,7 +279,7 @@ def test_vocabulary_is_the_tokenizers_unless_it_is_given(corpus: Path, tmp_path:
         ),
         (
             {"model__head__assignment": "file", "model__head__token_map": "none.npz"},
-            "token map 'none.npz': not a readable .npz file",
+            "token map 'none.npz': no such file",
         ),
     ],
 )

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ def make_map(
     counts: np.ndarray,
     seed: int,
     tokenizer: str | None = None,
+    text: Mapping[str, Any] | None = None,
     documents: Callable[[], Iterable[np.ndarray]] | None = None,
     cached_at: Path | None = None,
 ) -> TokenMap:
@@ -39,6 +40,7 @@ def make_map(
         counts: int (V,) occurrences in the training text.
         seed: for assignment="random".
         tokenizer: fingerprint of the tokenizer in use, which a map that is read must fit.
+        text: what the provenance of a map that is made says of the text, as JSON values.
         documents: for assignment="cooccurrence": gives the token ids of the training documents.
         cached_at: for assignment="cooccurrence": where the map is kept, or is read if it is there.
 
@@ -56,13 +58,14 @@ def make_map(
     if head.assignment == "file":
         token_map = _read(head, vocab_size, embed_dim, tokenizer)
         return dataclasses.replace(token_map, classes=None)
+    sources = {**({} if tokenizer is None else {"tokenizer": tokenizer}), **(text or {})}
     if counts.shape != (vocab_size,):
         raise DataError(f"counts of shape {counts.shape}: expected one a token, ({vocab_size},)")
     if head.assignment == "cooccurrence":
         if documents is None:
             raise DataError("documents=None: assignment='cooccurrence' counts those of the text")
         options = _options(head, num_classes, num_frequent)
-        found = _from_documents(options, embed_dim, counts, documents, cached_at)
+        found = _from_documents(options, embed_dim, counts, documents, cached_at, sources)
         return _started(head, found)
     order = by_frequency(counts)
     own = order[: head.num_own_tokens].astype(np.int32)
@@ -80,7 +83,9 @@ def make_map(
             seed=seed,
         )
     sizes = (head.num_codes,) * head.num_codebooks
-    return TokenMap(codes, sizes, own_tokens=own, classes=of_classes)
+    seeds = {"seed": seed} if head.assignment == "random" else {}
+    provenance = {"assignment": head.assignment, **seeds, **sources}
+    return TokenMap(codes, sizes, own_tokens=own, classes=of_classes, provenance=provenance)
 
 
 def _codes(head: schema.VQHead, counts: np.ndarray, seed: int) -> np.ndarray:
@@ -144,18 +149,22 @@ def _from_documents(
     counts: np.ndarray,
     documents: Callable[[], Iterable[np.ndarray]],
     cached_at: Path | None,
+    sources: Mapping[str, Any],
 ) -> TokenMap:
+    wanted = {"options": dataclasses.asdict(options), **sources}
     if cached_at is not None and cached_at.exists():
         # A damaged file, or one that was made in another way, is made again.
         with contextlib.suppress(DataError):
             token_map = TokenMap.load(cached_at, vocab_size=len(counts))
-            if token_map.provenance.get("options") == dataclasses.asdict(options):
+            if {**token_map.provenance, **wanted} == token_map.provenance:
                 return token_map
     num_slices = options.num_codebooks if options.method == "product" else 1
     rank = rank_for(embed_dim, num_slices)
     vectors = cooccurrence_vectors(documents(), len(counts), rank)
     token_map = map_from_vectors(vectors, counts, options, seed=0)
     token_map = widen_map(token_map, embed_dim, num_slices)
+    provenance = {**token_map.provenance, "assignment": "cooccurrence", **sources}
+    token_map = dataclasses.replace(token_map, provenance=provenance)
     if cached_at is not None:
         cached_at.parent.mkdir(parents=True, exist_ok=True)
         token_map.save(cached_at)

@@ -61,6 +61,8 @@ def run_map(path: Path) -> tuple[TokenMap, schema.VQHead | schema.ClassVQHead]:
         "head": to_json(config)["model"]["head"],
         "corpus": run["corpus"],
         "tokenizer": tokenizer_fingerprint(tokenizer_from_json(run["tokenizer"])),
+        # Of the map that the run began with; None where the checkpoint does not say.
+        "began_with": (run.get("token_map") or {}).get("provenance"),
     }
     return _from_arrays(arrays, head, config.model.known_vocab_size(), provenance), head
 

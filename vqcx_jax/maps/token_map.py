@@ -1,5 +1,6 @@
 """What a VQ head needs to know about the vocabulary before training: the code of every token."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -96,6 +97,16 @@ class TokenMap:
         coded = np.ones(self.vocab_size, bool)
         coded[self.own_tokens] = False
         return np.flatnonzero(coded)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the map: a fingerprint of codes and classes, and provenance."""
+        of_token = np.zeros(0, np.int32)
+        if self.classes is not None:
+            of_token = np.concatenate([self.classes.of_token, self.classes.codes.ravel()])
+        hashed = hashlib.sha256(repr((self.codes.shape, self.num_codes)).encode())
+        for array in (self.codes, self.own_tokens, of_token):
+            hashed.update(array.astype("<i4").tobytes())
+        return {"fingerprint": hashed.hexdigest()[:16], "provenance": dict(self.provenance)}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything but the provenance, by name."""
@@ -286,6 +297,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             for entry in archive.namelist():
                 with archive.open(entry) as file:
                     arrays[entry.removesuffix(".npy")] = np.lib.format.read_array(file)
+    except FileNotFoundError:
+        raise DataError(f"token map {str(path)!r}: no such file") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"token map {str(path)!r}: not a readable .npz file") from error
     return arrays

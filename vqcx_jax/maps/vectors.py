@@ -66,6 +66,8 @@ def load_vectors(path: Path, vocab_size: int) -> np.ndarray:
     try:
         with path.open("rb") as file:
             vectors = np.lib.format.read_array(file)
+    except FileNotFoundError:
+        raise DataError(f"vectors={str(path)!r}: no such file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"vectors={str(path)!r}: not a readable .npy file") from error
     if vectors.dtype.kind not in "fiu":

@@ -21,9 +21,11 @@ from vqcx_jax.maps.widths import rank_for, widen
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
 from vqcx_jax.nn.heads import order_by_frequency
+from vqcx_jax.paths import local_path
 
 # What may differ between a run and the checkpoint it goes on from, besides the sections
-# `optimizer`, `train`, `mesh` and `sharding`: where things lie, not what they are.
+# `optimizer`, `train` (but for the seed, which is used up), `mesh` and `sharding`: where things
+# lie, not what they are.
 _MAY_DIFFER = {
     "data.cache_dir",
     "data.prefetch",
@@ -48,6 +50,7 @@ class Setup:
         tokenizer: made from the corpus or a file, or the checkpoint's.
         token_map: of a new run with a head of codes, or one that orders tokens by frequency.
         token_counts: int64 (V,), how often each token occurs in the training text; with token_map.
+        map_record: of a resumed run, what its checkpoint says of the map, see `TokenMap.record`.
     """
 
     config: schema.Config
@@ -55,6 +58,7 @@ class Setup:
     tokenizer: Tokenizer
     token_map: TokenMap | None = None
     token_counts: np.ndarray | None = None
+    map_record: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint stores beside the arrays."""
@@ -62,6 +66,7 @@ class Setup:
             "config": to_json(self.config),
             "tokenizer": self.tokenizer.to_json(),
             "corpus": {"name": self.corpus.name, "fingerprint": self.corpus.fingerprint},
+            "token_map": self.token_map.record() if self.token_map else self.map_record,
         }
 
 
@@ -83,11 +88,18 @@ def prepare(config: schema.Config, checkpoints: Path, resume_step: int | None) -
         return _with_token_map(Setup(config, corpus, tokenizer))
     run = load_run(checkpoints, resume_step)
     tokenizer = data.tokenizer_from_json(run["tokenizer"])
-    setup = Setup(_resolve(config, tokenizer), corpus, tokenizer)
+    resolved = _resolve(config, tokenizer)
+    setup = Setup(resolved, corpus, tokenizer, map_record=run.get("token_map"))
     _, params, buffers = functional.split(abstract_model(setup.config))
     path = checkpoints / str(resume_step)
     check_architecture(path, {"params": params, "buffers": buffers})
     _check_same_run(setup, run, path)
+    _check_same_map(setup, run, path)
+    if resume_step > config.train.steps:
+        raise CheckpointError(
+            f"train.steps={config.train.steps}: must be at least {resume_step}, which the "
+            f"checkpoint {str(path)!r} has done"
+        )
     return setup
 
 
@@ -117,8 +129,8 @@ def _with_token_map(setup: Setup) -> Setup:
     sizes = [vocab_size, model.embed_dim]
     of_head = to_json(config)["model"]["head"]
     del of_head["implementation"]
-    text = [setup.corpus.fingerprint, tokenizer, {"tokens": limit}]
-    made_from = [of_head, sizes, *text]
+    corpus = {"name": setup.corpus.name, "fingerprint": setup.corpus.fingerprint}
+    made_from = [of_head, sizes, corpus["fingerprint"], tokenizer, {"tokens": limit}]
     token_map = make_map(
         head,
         vocab_size=vocab_size,
@@ -126,6 +138,7 @@ def _with_token_map(setup: Setup) -> Setup:
         counts=counts,
         seed=config.train.seed,
         tokenizer=tokenizer,
+        text={"corpus": corpus, "count_tokens": limit},
         documents=documents,
         cached_at=cache_dir / "token_maps" / f"{content_key(made_from)}.npz",
     )
@@ -165,7 +178,7 @@ def _resolve(config: schema.Config, tokenizer: Tokenizer) -> schema.Config:
 def _check_same_run(setup: Setup, run: dict[str, Any], path: Path) -> None:
     saved, wanted = _flat(to_json(from_json(run["config"]))), _flat(to_json(setup.config))
     for name in sorted(saved.keys() | wanted.keys()):
-        fixed = name.startswith(("data.", "model.")) and name not in _MAY_DIFFER
+        fixed = name.startswith(("data.", "model.", "train.seed")) and name not in _MAY_DIFFER
         if fixed and saved.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"{name}={wanted.get(name)!r}: the checkpoint {str(path)!r} was made with "
@@ -176,6 +189,24 @@ def _check_same_run(setup: Setup, run: dict[str, Any], path: Path) -> None:
             f"data.dataset: its text is not that of the checkpoint {str(path)!r} (fingerprint "
             f"{setup.corpus.fingerprint}, was {run['corpus']['fingerprint']}); "
             "use that text, or another --workdir"
+        )
+
+
+def _check_same_map(setup: Setup, run: dict[str, Any], path: Path) -> None:
+    """The checkpoint has the map: a file elsewhere is not needed, but must be no other one."""
+    head, record = setup.config.model.head, setup.map_record
+    if not isinstance(head, schema.VQHead | schema.ClassVQHead) or head.token_map is None:
+        return
+    if record is None or head.token_map == run["config"]["model"]["head"]["token_map"]:
+        return
+    elsewhere = local_path("model.head.token_map", head.token_map)
+    if (
+        elsewhere.exists()
+        and TokenMap.load(elsewhere).record()["fingerprint"] != (record["fingerprint"])
+    ):
+        raise CheckpointError(
+            f"model.head.token_map={head.token_map!r}: is not the map of the checkpoint "
+            f"{str(path)!r}; use that map, or another --workdir"
         )
 
 
