@@ -251,6 +251,16 @@ def test_perplexity_of_a_run(runs: Runs) -> None:
     assert bits == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-3)
 
 
+def test_perplexity_of_another_text(runs: Runs) -> None:
+    text = runs.shell.directory / "home/other.txt"
+    text.write_text("the lazy dog")
+    end = runs.shell.run("eval.py", "--checkpoint=whole", "--text=home/other.txt")
+    text.unlink()
+    assert (end.code, end.stderr) == (0, "")
+    assert end.stdout.startswith(f"step {STEPS}, home/other.txt: 1 documents\nperplexity per token")
+    assert "(13 tokens)" in end.stdout and "(12 bytes)" in end.stdout
+
+
 def test_perplexity_by_position_in_longer_rows(runs: Runs) -> None:
     end = runs.shell.run(
         "eval.py",
@@ -340,6 +350,18 @@ BAD_EVALUATION = [
     (
         ["--checkpoint=nowhere", "--config.model.embed_dim=3"],
         "model.embed_dim='3': cannot change after training; accepted are model.attention.",
+    ),
+    (
+        ["--checkpoint=nowhere", "--task=generate", "--split=test"],
+        "--split='test': must not be given with --task=generate",
+    ),
+    (
+        ["--checkpoint=nowhere", "--prompt=the", "--temperature=0"],
+        "--prompt='the': must not be given with --task=perplexity",
+    ),
+    (
+        ["--checkpoint=nowhere", "--split=test", "--text=a.txt"],
+        "--split='test': must not be given with --text='a.txt'",
     ),
 ]
 TRAIN = ["train.py", "--config=config.py", "--workdir=run"]

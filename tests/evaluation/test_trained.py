@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import save_checkpoint, tiny_config
+from tiny_run import save_checkpoint, tiny_config, write_documents
 
 from vqcx_jax.errors import CheckpointError, ConfigError, DataError
 from vqcx_jax.evaluation import TrainedModel
@@ -92,6 +92,46 @@ def test_perplexity(workdir: Path, model: TrainedModel) -> None:
         assert part.loss.tokens == part.units.bytes + part.units.documents
     assert some.loss.nll < result.loss.nll
     assert 1 < result.loss.perplexity < some.loss.word_perplexity(some.units.words)
+
+
+def test_perplexity_of_another_text(model: TrainedModel, tmp_path: Path) -> None:
+    """All of it; the documents here fit into one row, and are not cut."""
+    (tmp_path / "a.txt").write_text("the fox")
+    (tmp_path / "b.jsonl").write_text('{"text": "a dog"}\n\n{"text": "sleeps"}\n')
+    result = model.perplexity(text=str(tmp_path))
+    assert (result.units.documents, result.units.words, result.units.bytes) == (3, 5, 18)
+    assert result.loss.tokens == 18 + 3 and not result.same_corpus
+    parts = [model.perplexity(text=str(tmp_path / name)) for name in ("a.txt", "b.jsonl")]
+    assert sum(p.loss.nll for p in parts) == pytest.approx(result.loss.nll, rel=1e-5)
+    documents = Path(model.config.data.dataset.path)
+    whole = model.perplexity(text=str(documents)).loss
+    of_splits = [model.perplexity(split).loss for split in ("train", "validation")]
+    assert whole.tokens == sum(loss.tokens for loss in of_splits)
+    with pytest.raises(DataError, match="text='none.txt': no such text"):
+        model.perplexity(text="none.txt")
+    with pytest.raises(ConfigError, match="path='x': must not be given with text='y'"):
+        model.perplexity(text="y", path="x")
+    with pytest.raises(ConfigError, match="validation_path='x': must not be given, the run had no"):
+        model.perplexity(validation_path="x")
+
+
+def test_text_with_a_validation_text_of_its_own(tmp_path: Path) -> None:
+    """It moves together: one of the two would leave the other where it was."""
+    write_documents(tmp_path / "held_out.jsonl", count=4, seed=1)
+    held_out = str(tmp_path / "held_out.jsonl")
+    config = tiny_config(tmp_path, data__dataset__validation_path=held_out)
+    save_checkpoint(config, tmp_path / "run")
+    model = TrainedModel.load(tmp_path / "run")
+    expected = model.perplexity("validation")
+    assert expected.units == model.perplexity(text=held_out).units
+    (tmp_path / "moved").mkdir()
+    path, validation_path = (
+        str(shutil.move(tmp_path / name, tmp_path / "moved"))
+        for name in ("documents.jsonl", "held_out.jsonl")
+    )
+    assert model.perplexity(path=path, validation_path=validation_path) == expected
+    with pytest.raises(ConfigError, match="path='x': needs validation_path, too; the run had"):
+        model.perplexity(path="x")
 
 
 def test_perplexity_with_another_cache(model: TrainedModel, tmp_path: Path) -> None:

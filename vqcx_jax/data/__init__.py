@@ -1,7 +1,7 @@
 """Text: corpora, tokenizers and the pipeline that makes batches."""
 
 from vqcx_jax.data.cache import cache_directory
-from vqcx_jax.data.corpora import Corpus, Document, Source, open_corpus
+from vqcx_jax.data.corpora import Corpus, Document, Source, open_corpus, open_text
 from vqcx_jax.data.counts import (
     Units,
     cached_token_counts,
@@ -30,6 +30,7 @@ __all__ = [
     "encoded_documents",
     "evaluation_dataset",
     "open_corpus",
+    "open_text",
     "token_counts",
     "tokenizer_fingerprint",
     "tokenizer_from_json",

@@ -35,6 +35,9 @@ class Flags:
     rows: Annotated[Positive, "so many rows of text"] = 8
     seq_len: Annotated[Positive | None, "tokens in a row; none: as in training"] = None
     path: Annotated[str | None, "where the text is; none: as in training"] = None
+    validation_path: Annotated[
+        str | None, "where its validation text is, if it was a text of its own"
+    ] = None
     cache_dir: Annotated[str | None, "prepared corpora; none: as in training"] = None
     overwrite: Annotated[bool, "replace existing files"] = False
 
@@ -46,8 +49,9 @@ def main() -> None:
     require_matplotlib()
     trained = TrainedModel.load(local_path("--checkpoint", flags.checkpoint), flags.step, overrides)
     config = trained.config
+    corpus = trained.open_corpus(flags.path, flags.validation_path, flags.cache_dir)
     batches = data.evaluation_dataset(
-        trained.open_corpus(flags.path, flags.cache_dir).split("validation"),
+        corpus.split("validation"),
         trained.tokenizer,
         vocab_size=config.model.known_vocab_size(),
         seq_len=flags.seq_len or config.data.seq_len,

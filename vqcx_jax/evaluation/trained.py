@@ -38,7 +38,7 @@ OVERRIDABLE = (
 class Perplexity:
     """Loss of a split and the size of its text.
 
-    `same_corpus`: whether it is the text of the training run, or has changed since.
+    `same_corpus`: whether it is the text of the training run, and has not changed since.
     """
 
     loss: SplitLoss
@@ -126,33 +126,44 @@ class TrainedModel:
 
     def perplexity(
         self,
-        split: str,
+        split: str = "validation",
         *,
+        text: str | None = None,
         path: str | None = None,
+        validation_path: str | None = None,
         cache_dir: str | None = None,
         num_documents: int | None = None,
         seq_len: int | None = None,
     ) -> Perplexity:
-        """Loss over a split of the corpus that the model was trained on.
+        """Loss over a split of the corpus that the model was trained on, or over another text.
 
         Its `by_position` has buckets that end at the length of the rows of training, and at that
         halved and doubled again and again.
 
         Args:
-            split: "train", "validation" or "test".
-            path, cache_dir: see `open_corpus`.
+            split: "train", "validation" or "test"; not looked at with `text`.
+            text: all of this file, directory or glob (.txt: a document a file; .jsonl: one a line,
+                in the field that the run reads, or "text") in place of a split.
+            path, validation_path, cache_dir: see `open_corpus`.
             num_documents: only the first so many; None: all.
             seq_len: tokens in a row, at which documents are cut; None: as in training.
 
         Raises:
-            ConfigError: a path for a dataset that has none; seq_len below 1.
+            ConfigError: as `open_corpus`; a path beside `text`; seq_len below 1.
             DataError: the text cannot be read, or has no such split.
         """
         config, trained_length = self.config, self.config.data.seq_len
         if seq_len is not None:
             config = apply_overrides(config, [("data.seq_len", str(seq_len))])
         seq_len = config.data.seq_len
-        corpus = self.open_corpus(path, cache_dir)
+        if text is None:
+            corpus = self.open_corpus(path, validation_path, cache_dir)
+        else:
+            for name, given in (("path", path), ("validation_path", validation_path)):
+                if given is not None:
+                    raise ConfigError(f"{name}={given!r}: must not be given with text={text!r}")
+            field = getattr(config.data.dataset, "text_field", "text")
+            corpus, split = data.open_text(text, self._cache(cache_dir), field), "whole"
         source = corpus.split(split)
         devices = jax.device_count()
         # As many tokens as in training, or a row for each device.
@@ -182,22 +193,42 @@ class TrainedModel:
             corpus.fingerprint == self.corpus_fingerprint,
         )
 
-    def open_corpus(self, path: str | None = None, cache_dir: str | None = None) -> Corpus:
+    def open_corpus(
+        self,
+        path: str | None = None,
+        validation_path: str | None = None,
+        cache_dir: str | None = None,
+    ) -> Corpus:
         """The text that the model was trained on.
 
         Args:
             path: where it lies on this machine (`data.dataset.path`); None: as in training.
+            validation_path: the same of `data.dataset.validation_path`; must be given with a path
+                if the run had one.
             cache_dir: where prepared corpora are kept on this machine; None: as in training.
 
         Raises:
-            ConfigError: a path for a dataset that has none.
+            ConfigError: paths that the dataset does not have, or one of its two.
             DataError: the text cannot be read.
         """
         config = self.config
-        if path is not None:
-            config = apply_overrides(config, [("data.dataset.path", path)])
-        directory = data.cache_directory(cache_dir or config.data.cache_dir)
-        return data.open_corpus(config.data.dataset, directory)
+        held_out = getattr(config.data.dataset, "validation_path", None)
+        if path is not None and held_out is not None and validation_path is None:
+            raise ConfigError(
+                f"path={path!r}: needs validation_path, too; the run had "
+                f"data.dataset.validation_path={held_out!r}"
+            )
+        if validation_path is not None and held_out is None:
+            raise ConfigError(
+                f"validation_path={validation_path!r}: must not be given, the run had none"
+            )
+        for name, value in (("path", path), ("validation_path", validation_path)):
+            if value is not None:
+                config = apply_overrides(config, [(f"data.dataset.{name}", value)])
+        return data.open_corpus(config.data.dataset, self._cache(cache_dir))
+
+    def _cache(self, cache_dir: str | None) -> Path:
+        return data.cache_directory(cache_dir or self.config.data.cache_dir)
 
     def generate(
         self,

@@ -8,7 +8,16 @@ from vqcx_jax.data.corpora.base import Corpus, Document, Source, is_blank
 from vqcx_jax.data.corpora.prepare import prepare
 from vqcx_jax.data.corpora.tfds_dataset import open_tfds
 
-__all__ = ["Corpus", "Document", "Source", "is_blank", "open_corpus"]
+__all__ = ["Corpus", "Document", "Source", "is_blank", "open_corpus", "open_text"]
+
+
+def open_text(path: str, cache_dir: Path, text_field: str = "text") -> Corpus:
+    """Opens all of a text, its split "whole", as `open_corpus` does one of kind text_files.
+
+    Raises:
+        DataError: the text is missing, unreadable or empty.
+    """
+    return prepare(text_files.whole_recipe(path, text_field), cache_dir / "corpora")
 
 
 def open_corpus(dataset: schema.Dataset, cache_dir: Path) -> Corpus:

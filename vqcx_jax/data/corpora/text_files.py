@@ -49,6 +49,19 @@ def recipe(dataset: schema.TextFiles) -> Recipe:
     return Recipe("text_files", fingerprint(options, files), splits)
 
 
+def whole_recipe(path: str, text_field: str) -> Recipe:
+    """Returns the documents of a file, directory or glob as one split, "whole".
+
+    Raises:
+        DataError: the path matches no .txt or .jsonl file.
+    """
+    files = _files(path, "text")
+    documents = functools.partial(read_documents, files, text_field)
+    return Recipe(
+        "text_files", fingerprint({"text_field": text_field}, files), {"whole": documents}
+    )
+
+
 def read_documents(files: _NamedFiles, text_field: str) -> Iterator[Document]:
     """Yields the documents of named .txt and .jsonl files.
 
