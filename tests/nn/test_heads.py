@@ -533,6 +533,15 @@ def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
         make(rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_some_token_when_greedy(kind: str, h: jax.Array) -> None:
+    """And not one that the vocabulary lacks."""
+    head = make_head(kind, True)
+    tokens = head.sample(h.at[0, 0].set(jnp.nan), jax.random.key(0), temperature=0.0)
+    assert 0 <= tokens[0, 0] < head.vocab_size
+    chex.assert_trees_all_equal(tokens[1:], head.top_k(h[1:], 1)[1][..., 0])
+
+
 @pytest.mark.parametrize("kind", ["vq", "full", "class_vq"])
 def test_temperature_below_0_is_refused(kind: str, h: jax.Array) -> None:
     with pytest.raises(UserError, match="temperature=-1.0: must be at least 0"):

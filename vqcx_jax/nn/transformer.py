@@ -130,7 +130,8 @@ class Transformer(nnx.Module):
         """A KV cache for `extend`: all layers stacked, room for max_length positions.
 
         As many as that is rounded up to a multiple of 8: others are read from a copy on TPUs.
-        Nothing is said when it runs over: positions past them overwrite the last ones.
+        Where `cache_length` is traced nothing is said when it runs over: positions past them
+        overwrite the last ones.
         """
         config = self.config
         shape = (config.num_layers, batch_size, -(-max_length // 8) * 8, config.num_kv_heads)

@@ -6,7 +6,7 @@ import numpy as np
 from vqcx_jax.errors import UserError
 
 
-def are_known(x: jax.Array | np.ndarray) -> bool:
+def are_known(x: jax.Array | np.ndarray | float) -> bool:
     """Whether x has values already, as it has outside of jit."""
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 

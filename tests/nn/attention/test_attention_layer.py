@@ -150,6 +150,11 @@ def test_what_a_cache_cannot_do() -> None:
         layer(x, packed, cache)
     with pytest.raises(UserError, match="cache: has room for 12 positions; 4 and 9 more do not"):
         layer(x, cache=cache, cache_length=4)
+    for length in (np.int64(4), jnp.asarray(4)):
+        with pytest.raises(UserError, match="cache: has room for 12 positions; 4 and 9 more do"):
+            layer(x, cache=cache, cache_length=length)
+    with pytest.raises(UserError, match="cache_length=-1: must be at least 0"):
+        layer(x, cache=cache, cache_length=-1)
     wide = KVCache(jnp.zeros((2, 12, 2, 16)), cache.v)
     with pytest.raises(UserError, match="cache: has 2 heads with keys of 16 and values of 8; must"):
         layer(x, cache=wide)
@@ -160,6 +165,8 @@ def test_what_a_cache_cannot_do() -> None:
     [
         ({"head_dim": 7}, "head_dim=7: must be even"),
         ({"num_kv_heads": 3}, "num_kv_heads=3: must divide num_heads=4"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0: must be at least 1"),
+        ({"attention": "pope"}, "attention='pope': must be one of config.schema"),
         (
             {"attention": schema.RopeAttention(extension="yarn", extension_factor=2.0)},
             "model.attention.trained_length=None: must be the positions of training",

@@ -120,12 +120,18 @@ def test_sampling_of_no_token() -> None:
 def test_mass_out_of_range(top_p: float) -> None:
     with pytest.raises(UserError, match=f"top_p={top_p}: must be above 0 and at most 1"):
         sampling.sample(LOGITS, jax.random.key(0), top_p=top_p)
+    for kind in (np.float32, jnp.float32):
+        with pytest.raises(UserError, match="top_p=.*: must be above 0 and at most 1"):
+            sampling.sample(LOGITS, jax.random.key(0), top_p=kind(top_p))
 
 
-@pytest.mark.parametrize("temperature", [-1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
 def test_temperature_out_of_range(temperature: float) -> None:
-    with pytest.raises(UserError, match=f"temperature={temperature}: must be at least 0"):
+    with pytest.raises(UserError, match=f"temperature={temperature}: must be at least 0, and fin"):
         sampling.sample(LOGITS, jax.random.key(0), temperature=temperature)
+    for kind in (np.float32, jnp.float32):
+        with pytest.raises(UserError, match="temperature=.*: must be at least 0, and finite"):
+            sampling.sample(LOGITS, jax.random.key(0), temperature=kind(temperature))
 
 
 def test_nucleus_keeps_all_that_are_as_probable_as_the_last() -> None:

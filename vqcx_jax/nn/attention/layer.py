@@ -1,7 +1,7 @@
 """Self-attention, grouped-query, with a KV cache."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from vqcx_jax.nn.layers import HIDDEN, ROWS, fan_in_normal, residual_normal
 from vqcx_jax.nn.variables import param
 from vqcx_jax.ops import attention as ops
 from vqcx_jax.ops import dispatch, flash_attention, flash_decoding
+from vqcx_jax.ops.checks import are_known, check_positive
 from vqcx_jax.sharding import (
     LogicalAxes,
     block_index,
@@ -80,6 +81,11 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         rules = rules or schema.ShardingRules()
+        if not isinstance(attention, get_args(schema.AttentionConfig)):
+            raise UserError(
+                f"attention={attention!r}: must be one of config.schema, such as PopeAttention()"
+            )
+        check_positive(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         if head_dim % 2:
             raise UserError(f"head_dim={head_dim}: must be even, attention rotates pairs")
         if num_heads % num_kv_heads:
@@ -366,7 +372,9 @@ class Attention(nnx.Module):
                 f"{cache.v.shape[-1]}; must have {num_kv_heads} with keys of "
                 f"{self.encoding.key_width} and values of {value_width}"
             )
-        first = cache_length if isinstance(cache_length, int) else 0
+        first = int(cache_length) if are_known(cache_length) else 0
+        if first < 0:
+            raise UserError(f"cache_length={first}: must be at least 0")
         if first + num_tokens > room:
             raise UserError(
                 f"cache: has room for {room} positions; {first} and {num_tokens} more do not fit"

@@ -74,7 +74,7 @@ def sample(
         int32 (...).
 
     Raises:
-        UserError: where they are Python numbers, a temperature below 0 or a top_p outside (0, 1].
+        UserError: as `ops.sampling.sample`.
     """
     check_temperature(temperature)
     check_top_p(top_p)

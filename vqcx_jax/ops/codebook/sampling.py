@@ -86,7 +86,7 @@ def sampler(
         (code_logits, key) -> tokens: float32 (..., K), a typed PRNG key, int32 (...).
 
     Raises:
-        UserError: where they are Python numbers, a temperature below 0 or a top_p outside (0, 1].
+        UserError: as `ops.sampling.sample`.
     """
     check_temperature(temperature)
     check_top_p(top_p)
@@ -194,7 +194,7 @@ def cell_sampler(
         if own_tokens is not None and own_logits is not None:
             of_own = jnp.where(own_logits == peak[..., None], own_tokens, vocab_size)
             token = jnp.minimum(token, jnp.min(of_own, axis=-1))
-        return token
+        return jnp.where(jnp.isnan(peak), 0, token)  # As argmax has it.
 
     return lambda *args: jax.lax.cond(temperature > 0, draw, greedy, *args)
 

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops.checks import are_known
 from vqcx_jax.ops.sampling.nucleus import nucleus
 
 
@@ -28,8 +30,8 @@ def sample(
         int32 (...).
 
     Raises:
-        UserError: top_k is not positive; and where they are Python numbers, a temperature below 0
-            or a top_p outside of (0, 1].
+        UserError: top_k is not positive; where they are known, a temperature that is below 0 or
+            not finite, or a top_p outside of (0, 1].
 
     Example:
         sample(logits, jax.random.key(0), temperature=0.8, top_k=50, top_p=0.95)
@@ -107,14 +109,20 @@ def first_of_sorted(z: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, ja
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises UserError if it is a Python number below 0, or none."""
-    if isinstance(temperature, int | float) and not temperature >= 0:
-        raise UserError(f"temperature={temperature}: must be at least 0")
+    """Raises UserError if it is known and below 0, or not finite."""
+    if not are_known(temperature):
+        return
+    values = np.asarray(temperature)
+    if not np.all((values >= 0) & (values < np.inf)):
+        raise UserError(f"temperature={temperature}: must be at least 0, and finite")
 
 
 def check_top_p(top_p: float | jax.Array | None) -> None:
-    """Raises UserError if it is a Python number outside of (0, 1]."""
-    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+    """Raises UserError if it is known and outside of (0, 1]."""
+    if top_p is None or not are_known(top_p):
+        return
+    values = np.asarray(top_p)
+    if not np.all((values > 0) & (values <= 1)):
         raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
 
 
