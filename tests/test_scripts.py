@@ -325,11 +325,14 @@ BAD_CONFIG = [
     (["--config=none.py"], "none.py: no such configuration file"),
     (["--config.optimizer.warmup_steps=6"], "must be less than train.steps=6"),
     (["--workdir=gs://bucket/run"], "--workdir='gs://bucket/run': must be a path, not a URL"),
+    (["--workdir="], "--workdir='': must be a path"),
+    (["--workdir=config.py/run"], "workdir='config.py/run': must be a directory, "),
     (["--wrokdir=x"], "--wrokdir: no such flag (did you mean --workdir?)"),
     (["--process_id=0"], "process_id=0: only with distributed=true"),
     (["--distributed=true", "--num_processes=2"], "coordinator, process_id: must be given, too"),
 ]
 BAD_FIT = [
+    (["--config.data.cache_dir=config.py"], "config.py': must be a directory, "),
     (["--config.data.cache_dir=gs://bucket"], "cache_dir='gs://bucket': must be a path"),
     (["--config.mesh.data=4"], "mesh.data=4 * mesh.fsdp=1 * mesh.tensor=1"),
     (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere': no such text"),

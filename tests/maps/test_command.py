@@ -224,7 +224,7 @@ def test_vectors_from_a_file_and_from_a_run(
         (["--vectors=.", "--dim=3"], "--dim=3: needs --vectors=cooccurrence"),
         (["--vectors=.", "--window=4"], "--window=4: needs --vectors=cooccurrence"),
         (["--vectors=.", "--num_contexts=9"], "--num_contexts=9: needs --vectors=cooccurrence"),
-        (["--output=config.py/map.npz"], "--output='config.py/map.npz': must be a file that can"),
+        (["--output=config.py/map.npz"], "--output='config.py': must be a directory, 'config.py'"),
         (["--dim=264"], "dim=264: must be at most 263"),
         (["--config.data.dataset.path=nowhere"], "data.dataset.path='nowhere'"),
         (["--num_codes=8", "--num_codebooks=2", "--unique=true"], "num_codes=8, num_codebooks=2"),

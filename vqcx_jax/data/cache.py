@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vqcx_jax.paths import local_path
+from vqcx_jax.paths import check_directory, local_path
 
 
 def cached_json(path: Path, build: Callable[[], Any]) -> Any:
@@ -55,4 +55,6 @@ def cache_directory(configured: str | None) -> Path:
     Raises:
         UserError: a URL.
     """
-    return local_path("cache_dir", configured or "~/.cache/vqcx_jax").absolute()
+    path = local_path("cache_dir", configured or "~/.cache/vqcx_jax").absolute()
+    check_directory("cache_dir", path, writable=False)
+    return path

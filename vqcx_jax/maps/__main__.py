@@ -5,7 +5,6 @@ Or writes that of a run: python -m vqcx_jax.maps --from_run=DIR --output=map.npz
 
 import dataclasses
 import datetime
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from vqcx_jax.maps.run_map import run_map
 from vqcx_jax.maps.run_vectors import head_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors, load_vectors
 from vqcx_jax.maps.widths import rank_for, widen_map
-from vqcx_jax.paths import local_path
+from vqcx_jax.paths import check_directory, local_path
 
 _Head = schema.VQHead | schema.ClassVQHead
 _Method = Literal["kmeans", "residual", "product"]
@@ -178,9 +177,7 @@ def _output(flags: Flags) -> Path:
     output = local_path("--output", flags.output)
     if output.is_dir():
         raise UserError(f"--output={flags.output!r}: is a directory, must be a file")
-    there = next(path for path in output.absolute().parents if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output={flags.output!r}: must be a file that can be written")
+    check_directory("--output", output.parent)
     if output.exists() and not flags.overwrite:
         raise UserError(f"--output={flags.output!r}: exists; --overwrite=true replaces it")
     return output

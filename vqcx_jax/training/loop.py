@@ -14,6 +14,7 @@ from vqcx_jax.evaluation.perplexity import SplitLoss, make_eval_step, split_loss
 from vqcx_jax.evaluation.sample import sample_text
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.build import abstract_model
+from vqcx_jax.paths import check_directory
 from vqcx_jax.sharding import make_mesh
 from vqcx_jax.training.batches import to_microbatches
 from vqcx_jax.training.checkpointing import Checkpoints
@@ -59,6 +60,7 @@ def train(config: schema.Config, workdir: Path) -> TrainResult:
         NonFiniteLossError: the loss, its gradient or the weights became NaN or infinite.
     """
     validate(config)
+    check_directory("workdir", workdir)
     mesh_shape = resolve_mesh_shape(config.mesh, jax.device_count())
     mesh = make_mesh(mesh_shape, config.mesh.axis_type)
     directory = (workdir / "checkpoints").absolute()
