@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.nnx import bridge
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Attention, VQHead
@@ -73,6 +74,17 @@ class LinenModel(linen.Module):
         return plain_nll(p, x, targets)
 
 
+class BridgedModel(linen.Module):
+    """A Linen model with an output layer of ours as it is."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, targets: jax.Array) -> jax.Array:
+        h = linen.Dense(DIM)(x)
+        head = bridge.to_linen(VQHead, ASSIGNMENT, CODES, DIM)
+        nll, _ = head(h, targets, nnx_method="nll")
+        return nll
+
+
 class NnxModel(nnx.Module):
     """A user's module that holds two of ours and one of Flax."""
 
@@ -106,6 +118,25 @@ def test_plain_arrays_and_linen_agree(
     chex.assert_trees_all_equal_shapes_and_dtypes(variables["params"], params)
     loss = jax.jit(jax.value_and_grad(lambda p: model.apply({"params": p}, x, targets).mean()))
     chex.assert_trees_all_close(loss(params), plain_result, rtol=1e-5, atol=1e-6)
+
+
+def test_head_within_linen(x: jax.Array, targets: jax.Array) -> None:
+    model: Any = BridgedModel()
+    variables = model.init(jax.random.key(0), x, targets)
+    buffers = variables.pop("Buffer")
+    assert variables.keys() == {"params", "Param"}
+
+    def loss(trained: Any) -> jax.Array:
+        return model.apply({**trained, "Buffer": buffers}, x, targets).mean()
+
+    before, gradients = jax.jit(jax.value_and_grad(loss))(variables)
+    dense, head = variables["params"]["Dense_0"], linen.meta.unbox(variables["Param"])
+    (head,) = head.values()
+    h = x @ dense["kernel"] + dense["bias"]
+    expected = codebook.nll(h, head["codes"], ASSIGNMENT, targets, head["bias"])[0].mean()
+    chex.assert_trees_all_close(before, expected, rtol=1e-6)
+    (of_head,) = linen.meta.unbox(gradients["Param"]).values()
+    assert np.any(of_head["codes"]) and np.any(gradients["params"]["Dense_0"]["kernel"])
 
 
 def test_nnx_modules_agree(

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from vqcx_jax.config import schema
-from vqcx_jax.errors import DataError
+from vqcx_jax.errors import DataError, UserError
 from vqcx_jax.maps import TokenMap, log_shares, make_map, own_map
 from vqcx_jax.nn import functional, heads
 from vqcx_jax.nn.build import abstract_model, build_model
@@ -55,6 +56,64 @@ CASES: dict[str, tuple[schema.HeadConfig, type]] = {
         heads.ClassVQHead,
     ),
 }
+
+
+def near_map_of(head: schema.VQHead | schema.ClassVQHead) -> tuple[TokenMap, np.ndarray]:
+    """From near vectors, with what its head starts from, and the counts of its text."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(V, size=200) for _ in range(5)]
+    counts = np.bincount(np.concatenate(documents), minlength=V)
+    head = dataclasses.replace(head, assignment="cooccurrence", code_init="centroids")
+    sizes: Any = {"vocab_size": V, "embed_dim": D, "seed": 0, "documents": lambda: documents}
+    return make_map(head, counts=counts, **sizes), counts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one codebook",
+        "own vectors",
+        "two codebooks",
+        "product, all options",
+        "classes",
+        "classes, all tokens, tied",
+    ],
+)
+@pytest.mark.parametrize("with_counts", [False, True])
+def test_head_from_a_map(name: str, with_counts: bool) -> None:
+    """The same as from a config."""
+    config, kind = CASES[name]
+    assert isinstance(config, schema.VQHead | schema.ClassVQHead)
+    token_map, counts = near_map_of(config)
+    options: dict[str, Any] = {"counts": counts} if with_counts else {}
+    head = heads.head_from_map(token_map, D, form=config.form, rngs=nnx.Rngs(0), **options)
+    assert type(head) is kind
+    bias = log_shares(counts) if with_counts else None
+    with_biases = dataclasses.replace(token_map, bias=bias)
+    model = schema.Model(vocab_size=V, embed_dim=D, head=config)
+    rules = schema.ShardingRules()
+    expected = heads.make_head(model, with_biases, rules=rules, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(x)) for x in (head, expected)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"counts": np.ones(V + 1)}, r"counts of shape \(30,\): must be \(29,\), with token_bias"),
+        ({"counts": np.ones(V), "token_bias": False}, "counts of shape"),
+        ({"form": "sum"}, "form='sum': must be one of"),
+        ({"implementation": "cuda"}, "implementation='cuda': must be one of"),
+        ({"dtype": "int8"}, "dtype='int8': must be 'float32' or 'bfloat16'"),
+        ({"dim": 0}, "dim=0: must be at least 1"),
+        ({"dim": 15}, "codebooks|dim=15"),
+    ],
+)
+def test_head_from_a_map_that_does_not_fit(options: dict[str, Any], message: str) -> None:
+    config = CASES["classes"][0]
+    assert isinstance(config, schema.ClassVQHead)
+    options = {"dim": D, **options}
+    with pytest.raises(UserError, match=message):
+        heads.head_from_map(near_map_of(config)[0], **options, rngs=nnx.Rngs(0))
 
 
 def make_config(head: schema.HeadConfig) -> schema.Config:

@@ -15,6 +15,7 @@ from vqcx_jax.nn.heads import (
     MultiVQHead,
     TwoLevelHead,
     VQHead,
+    head_from_map,
 )
 from vqcx_jax.nn.layers import MLP, Embedding, RMSNorm
 from vqcx_jax.nn.transformer import Transformer
@@ -38,4 +39,5 @@ __all__ = [
     "Transformer",
     "TwoLevelHead",
     "VQHead",
+    "head_from_map",
 ]

@@ -4,6 +4,7 @@ from vqcx_jax.nn.heads.adaptive import AdaptiveHead
 from vqcx_jax.nn.heads.base import Head, Sampler
 from vqcx_jax.nn.heads.class_vq import ClassVQHead
 from vqcx_jax.nn.heads.frequency_order import order_by_frequency
+from vqcx_jax.nn.heads.from_map import head_from_map
 from vqcx_jax.nn.heads.full import FullHead
 from vqcx_jax.nn.heads.huffman import HuffmanHead
 from vqcx_jax.nn.heads.learned_vq import LearnedVQHead
@@ -27,6 +28,7 @@ __all__ = [
     "Sampler",
     "TwoLevelHead",
     "VQHead",
+    "head_from_map",
     "make_head",
     "order_by_frequency",
 ]
