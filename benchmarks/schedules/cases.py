@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from schedules import dump, estimates, traffic
+import numpy as np
+from schedules import documents, dump, estimates, traffic
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 KINDS = {"v5p": "TPU v5", "v6e": "TPU v6 lite"}  # JAX's names, by which the tables go.
@@ -35,7 +36,7 @@ class Kernel:
     """
 
     name: str
-    executions: Sequence[float]
+    executions: dump.Executions
     products: float
     optional: int = 0
 
@@ -348,19 +349,37 @@ def _tokamax(chip: str) -> Case:
     )
 
 
-def _per_core(chip: str, executions: Sequence[int], times: int = 1) -> tuple[float, ...]:
+def _per_core(chip: str, executions: dump.Executions, times: int = 1) -> dump.Executions:
     """A core's share of executions, which are as many times as often as is said."""
-    return tuple(times * n / CORES[chip] for n in executions)
+    share = times / CORES[chip]
+    return tuple(
+        dump.Nested(share * n.runs, [share * x for x in n.inside])
+        if isinstance(n, dump.Nested)
+        else share * n
+        for n in executions
+    )
 
 
-def _attention(kind: str, width: int, chip: str, blocks: Any = None) -> Case:
-    """Raw queries and keys; causal, one document."""
+def _attention(
+    kind: str,
+    width: int,
+    chip: str,
+    blocks: Any = None,
+    *,
+    length: int = T,
+    is_packed: bool = False,
+) -> Case:
+    """Raw queries and keys, T of them in rows of `length`; causal.
+
+    Args:
+        is_packed: rows hold documents (`documents.packed_rows`); else one each.
+    """
     from vqcx_jax.ops.flash_attention import amplitude, block_sizes, tpu
 
     amplitudes: dict[str, amplitude.Amplitude] = {"pope": "softplus", "amplitude": "modulus"}
     num_planes = amplitude.num_planes(width, amplitudes.get(kind))
     if blocks is None:
-        blocks = block_sizes.block_sizes(KINDS[chip], width, is_packed=False)
+        blocks = block_sizes.block_sizes(KINDS[chip], width, is_packed=is_packed)
 
     def loss(
         q: jax.Array,
@@ -370,6 +389,7 @@ def _attention(kind: str, width: int, chip: str, blocks: Any = None) -> Case:
         delta: jax.Array,
         bias: jax.Array,
         positions: jax.Array,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         y = tpu.attend(
             q,
@@ -379,28 +399,36 @@ def _attention(kind: str, width: int, chip: str, blocks: Any = None) -> Case:
             delta=delta if kind == "complex" else None,
             bias=None if kind == "rope" else bias,
             positions=positions,
-            segment_ids=None,
+            segment_ids=segment_ids,
             scale=width**-0.5,
             amplitude=amplitudes.get(kind),
             block_sizes=blocks,
         )
         return jnp.sum(y.astype(jnp.float32))
 
-    heads = ((1, T, H, width), "bfloat16")
-    planes = ((H, num_planes), "float32")
-    of_scores, of_values = _triangle(2 * num_planes), _triangle(width)
+    batch = T // length
+    heads = ((batch, length, H, width), "bfloat16")
+    planes, ids = ((H, num_planes), "float32"), ((batch, length), "int32")
+    rows = documents.packed_rows(length) if is_packed else None
+    pairs = length * (length + 1) / 2 if rows is None else documents.pairs(rows)
+    of_scores, of_values = (H * batch * pairs * x for x in (2 * num_planes, width))
     return Case(
         loss,
         (0, 1, 2, 4, 5),
-        [heads, heads, heads, planes, planes, planes, ((1, T), "int32")],
-        _flash_kernels(blocks, chip, of_scores + of_values, 3 * of_scores + 2 * of_values),
+        [heads, heads, heads, planes, planes, planes, ids, *([ids] if is_packed else [])],
+        _flash_kernels(
+            blocks, chip, length, rows, of_scores + of_values, 3 * of_scores + 2 * of_values
+        ),
     )
 
 
-def _flash_kernels(blocks: Any, chip: str, forward: float, backward: float) -> list[Kernel]:
+def _flash_kernels(
+    blocks: Any, chip: str, length: int, rows: Any, forward: float, backward: float
+) -> list[Kernel]:
     """Of our attention, by the products of its forward and its backward pass."""
-    tiles_forward = _of_plan(blocks.block_q, blocks.block_kv, False)
-    tiles_backward = _of_plan(blocks.block_q_backward, blocks.block_kv_backward, True)
+    sizes = (blocks.block_q, blocks.block_kv), (blocks.block_q_backward, blocks.block_kv_backward)
+    tiles_forward = _of_plan(*sizes[0], False, length, rows)
+    tiles_backward = _of_plan(*sizes[1], True, length, rows)
     return [
         Kernel("vqcx_flash_fwd", _per_core(chip, tiles_forward, H), forward),
         Kernel("vqcx_flash_bwd", _per_core(chip, tiles_backward, H), backward),
@@ -412,19 +440,24 @@ def _triangle(width: int) -> float:
     return H * T * (T + 1) / 2 * width
 
 
-def _of_plan(block_q: int, block_kv: int, is_backward: bool) -> list[int]:
+def _of_plan(block_q: int, block_kv: int, is_backward: bool, length: int, rows: Any) -> list[float]:
     """Executions for a head: turning queries or keys, each kind of tile, finishing."""
-    from vqcx_jax.ops.flash_attention import tiles
+    from vqcx_jax.ops.flash_attention import tiles, tpu_common
 
-    visible = tiles.visible(True, None, T)
-    plan = tiles.make_plan(visible, T, block_q, block_kv, range(T // block_kv))
-    of_kinds = [
-        int(sum(plan.code >> tiles.KIND_SHIFT == index)) for index in range(len(plan.kinds))
-    ]
-    rows, columns = T // block_q, T // block_kv
+    visible = tiles.visible(True, None, length)
+    plan = tiles.make_plan(visible, length, block_q, block_kv, range(length // block_kv))
+    shares = np.ones(plan.num_steps)
+    if rows is not None:
+        meeting = tpu_common.meeting_tiles(rows[:, None], plan, block_q, block_kv)
+        shares = np.mean(np.asarray(meeting, np.float64), axis=0)
+    kinds = plan.code >> tiles.KIND_SHIFT
+    of_kind = [T // length * float(sum(shares[kinds == i])) for i in range(len(plan.kinds))]
+    is_nested = rows is not None and len(of_kind) > 1
+    of_kinds = [dump.Nested(sum(of_kind), of_kind)] if is_nested else of_kind
+    num_rows, num_columns = T // block_q, T // block_kv
     if is_backward:
-        return [columns, rows, *of_kinds, rows, columns]
-    return [rows, columns, *of_kinds, rows]
+        return [num_columns, num_rows, *of_kinds, num_rows, num_columns]
+    return [num_rows, num_columns, *of_kinds, num_rows]
 
 
 def _splash(chip: str) -> Case:
@@ -505,6 +538,12 @@ CASES: dict[str, Callable[..., Case]] = {
         for kind, name in ATTENTION.items()
         for width, of_width in ((HEAD_DIM, ""), (64, ", width 64"))
     },
+    "attention, PoPE, packed": functools.partial(
+        _attention, "pope", HEAD_DIM, length=4096, is_packed=True
+    ),
+    "attention, PoPE, width 64, packed": functools.partial(
+        _attention, "pope", 64, length=2048, is_packed=True
+    ),
     "attention, splash": _splash,
     "decode, 4 key heads": functools.partial(_decode, 4, 128, "pallas_tpu"),
     "decode, 16 key heads": functools.partial(_decode, 16, 128, "pallas_tpu"),

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SMALL = 60
 _DELAY = 5  # Bundles from a branch to where it leaves off, itself among them.
@@ -40,12 +41,23 @@ class Part:
         )
 
 
+class Nested(NamedTuple):
+    """How often a region runs, and the conditional ones inside of it."""
+
+    runs: float
+    inside: Sequence[float]
+
+
+Executions = Sequence[float | Nested]
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """What a kernel's loop over its grid is made of.
 
     Attributes:
         loop: (start, end). trips: of it. regions: conditional ones inside of it.
+        nested: conditional regions inside of those.
         units, capacity: names, and how many of each a bundle has. usage: of each bundle.
         inner_loops: (start, end, trips). vmem_bytes: of all that is allocated in vector memory.
     """
@@ -58,6 +70,7 @@ class Schedule:
     usage: tuple[tuple[int, ...], ...]
     inner_loops: tuple[tuple[int, int, int], ...] = ()
     vmem_bytes: int = 0
+    nested: tuple[tuple[int, int], ...] = ()
 
     def bundles(self, part: "Part") -> list[tuple[int, int]]:
         """Addresses of a part, and how often each is issued when the part runs once."""
@@ -70,22 +83,26 @@ class Schedule:
         """Cycles of a part that runs once."""
         return sum(times for _, times in self.bundles(part))
 
-    def cycles(self, executions: Sequence[float]) -> tuple[float, list[Part]]:
+    def cycles(self, executions: Executions) -> tuple[float, list[Part]]:
         """Bundles times executions.
 
         Args:
-            executions: of each conditional region, in the order of addresses.
+            executions: of each conditional region, in the order of addresses. Of one that is not
+                said to be nested, what is conditional inside of it counts as if it always ran.
 
         Raises:
             ValueError: there are more or fewer regions.
         """
-        if len(executions) != len(self.regions):
-            found = ", ".join(f"{b - a} bundles at {a:#x}" for a, b in self.regions)
-            raise ValueError(
-                f"{len(executions)} executions for {len(self.regions)} regions: {found}"
-            )
+        _check_number(executions, self.regions)
         parts = [Part(*self.loop, self.trips, self.regions)]
-        parts += [Part(a, b, n) for (a, b), n in zip(self.regions, executions, strict=True)]
+        for region, runs in zip(self.regions, executions, strict=True):
+            if not isinstance(runs, Nested):
+                parts.append(Part(*region, runs))
+                continue
+            inside = tuple(r for r in self.nested if _holds(region, r))
+            _check_number(runs.inside, inside)
+            parts.append(Part(*region, runs.runs, inside))
+            parts += [Part(*r, n) for r, n in zip(inside, runs.inside, strict=True)]
         return sum(self.length(part) * part.runs for part in parts), parts
 
     def busiest(self, parts: Sequence[Part]) -> tuple[str, float]:
@@ -148,7 +165,8 @@ def read(directory: Path, kernel: str) -> Schedule:
         # The pipeline of copies goes two trips further than the steps of the grid.
         loop, count = step, count - 2
         regions = [(a, b) for a, b in regions if step[0] <= a and b <= step[1] and (a, b) != step]
-    outermost = [r for r in regions if not any(_holds(other, r) for other in regions)]
+    outermost = _outermost(regions)
+    nested = _outermost([r for r in regions if r not in outermost])
     inner = tuple(
         (start, end, times)
         for start, end, times in _loops(found[-1])
@@ -156,7 +174,17 @@ def read(directory: Path, kernel: str) -> Schedule:
     )
     units, capacity, usage = _usage(directory, kernel)
     vmem = _vmem_bytes(directory, kernel)
-    return Schedule(loop, count, tuple(sorted(outermost)), units, capacity, usage, inner, vmem)
+    return Schedule(loop, count, outermost, units, capacity, usage, inner, vmem, nested)
+
+
+def _outermost(regions: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted(r for r in regions if not any(_holds(other, r) for other in regions)))
+
+
+def _check_number(executions: Executions, regions: Sequence[tuple[int, int]]) -> None:
+    if len(executions) != len(regions):
+        found = ", ".join(f"{b - a} bundles at {a:#x}" for a, b in regions)
+        raise ValueError(f"{len(executions)} executions for {len(regions)} regions: {found}")
 
 
 def _holds(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

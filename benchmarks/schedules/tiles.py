@@ -61,7 +61,7 @@ def _streamed(product_dtype: str) -> Tuned:
     return Tuned(names, lambda chip, part: tuple(getattr(of(chip), part)), blocks, fits, choices)
 
 
-def _attention(head_dim: int) -> Tuned:
+def _attention(head_dim: int, is_packed: bool = False) -> Tuned:
     """The table has one row for all kinds up to 128: the default's, if they disagree."""
     from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes, block_sizes
 
@@ -71,7 +71,7 @@ def _attention(head_dim: int) -> Tuned:
     }
 
     def of(chip: str) -> BlockSizes:
-        return block_sizes(cases.KINDS[chip], head_dim, is_packed=False)
+        return block_sizes(cases.KINDS[chip], head_dim, is_packed=is_packed)
 
     def today(chip: str, part: str) -> Sizes:
         return tuple(getattr(of(chip), name) for name in fields[part])
@@ -83,9 +83,12 @@ def _attention(head_dim: int) -> Tuned:
         block_q, block_kv, sub = sizes
         whole, held = (block_q, block_kv) if part == "forward" else (block_kv, block_q)
         # Scores that are worked on at a time, float32: from 0.5 to 4 MB.
-        return sub <= whole and 2**17 <= sub * held <= 2**20 and block_q * block_kv <= 2**22
+        least = 2**15 if is_packed else 2**17
+        return sub <= whole and least <= sub * held <= 2**20 and block_q * block_kv <= 2**22
 
     choices = ((512, 1024, 2048), (512, 1024, 2048, 4096), (128, 256, 512))
+    if is_packed:  # Small ones leave out more of what other documents' tokens would be.
+        choices = ((256, 512, 1024), (256, 512, 1024), (128, 256, 512))
     return Tuned(("block_q", "block_kv", "sub"), today, blocks, fits, choices)
 
 
@@ -96,4 +99,6 @@ TUNED = {
     "attention, complex, width 64": _attention(64),
     "attention, PoPE": _attention(cases.HEAD_DIM),
     "attention, PoPE, width 64": _attention(64),
+    "attention, PoPE, packed": _attention(cases.HEAD_DIM, is_packed=True),
+    "attention, PoPE, width 64, packed": _attention(64, is_packed=True),
 }
