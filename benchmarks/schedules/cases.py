@@ -415,7 +415,14 @@ def _attention(
     return Case(
         loss,
         (0, 1, 2, 4, 5),
-        [heads, heads, heads, planes, planes, planes, ids, *([ids] if is_packed else [])],
+        [
+            *[heads] * 3,
+            ((num_planes,), "float32"),
+            planes,
+            planes,
+            ids,
+            *([ids] if is_packed else []),
+        ],
         _flash_kernels(
             blocks, chip, length, rows, of_scores + of_values, 3 * of_scores + 2 * of_values
         ),

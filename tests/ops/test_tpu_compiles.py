@@ -244,7 +244,8 @@ def test_flash_attention(chip: str, width: int, amplitude: Any) -> None:
     with jax.set_mesh(mesh_of(chip, num_chips)):
         of_key_heads = abstract((num_kv_heads, num_planes), "float32")
         phases = {
-            "frequencies": of_key_heads,
+            # On v6e each key head has its own; else cosines and sines come from outside.
+            "frequencies": of_key_heads if chip == "v6e" else abstract((num_planes,), "float32"),
             "delta": of_key_heads if amplitude is None else None,
             "bias": abstract((num_heads, num_planes), "float32"),
         }

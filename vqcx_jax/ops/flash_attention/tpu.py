@@ -3,7 +3,9 @@
 After FlashAttention (Dao et al. 2022; Dao 2023): scores live in VMEM only, and the backward pass
 makes them again. What is ours is that queries and keys come raw: kernels turn each block by its
 phases when they first read it, and keep turned keys in VMEM, so that neither turned queries nor
-turned keys, nor their gradients, exist in HBM.
+turned keys, nor their gradients, exist in HBM. Where phases follow from positions alone, by
+frequencies that all heads share, their cosines and sines are made before, once for all heads: in a
+kernel they were a fifth of PoPE's forward pass.
 """
 
 import functools
@@ -79,6 +81,7 @@ def attend(
         visible=visible(causal, window, length),
         blocks=blocks,
         amplitude=amplitude,
+        has_table=delta is None and (frequencies.ndim == 1 or len(frequencies) == 1),
         interpret=interpret,
     )
     step = max(blocks.block_q, blocks.block_kv, blocks.block_q_backward, blocks.block_kv_backward)

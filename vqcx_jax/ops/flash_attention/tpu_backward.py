@@ -37,7 +37,9 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     meeting_tiles,
+    of_planes,
     planes_of,
+    positions_of,
     strips_of_keys,
 )
 from vqcx_jax.ops.flash_attention.transform import (
@@ -140,7 +142,6 @@ def _chunk(
 
     num_planes = settings.num_planes(width)
     turned_width = 2 * num_planes
-    planes = (None, num_planes, 1)
     query_block, value_query_block = (
         (None, None, block_q, width),
         (None, None, block_q, value_width),
@@ -155,12 +156,8 @@ def _chunk(
         Operand("lse", lse, (None, None, 1, block_q), at.of_lse),
         Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
         Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
-        Operand("omega", inputs.omega, planes, at.of_kv_head),
+        *of_planes(inputs, settings, at, block_q, block_kv, of_fetched_row),
     ]
-    if inputs.delta is not None:
-        operands.append(Operand("delta", inputs.delta, planes, at.of_kv_head))
-    if inputs.bias is not None:
-        operands.append(Operand("bias", inputs.bias, planes, at.of_head))
     if inputs.segment_ids is not None:
         operands += [
             Operand("q_segments", inputs.segment_ids, (None, 1, block_q), at.of_query_row),
@@ -272,7 +269,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
 
         def take(at: Any) -> None:
             x = refs["k"][at, :].astype(float32).T
-            y, turn = turned(x, refs["k_positions"][:, at], planes)
+            y, turn = turned(x, positions_of(refs, "k", at), planes)
             for name, phase in zip(PHASES, turn, strict=True):
                 if phase is not None:
                     refs[f"k_{name}"][slot, :, at] = phase
@@ -288,7 +285,7 @@ def _kernel(refs: dict[str, Any], plan: Plan, settings: Settings, indices: Indic
 
         def take(at: Any) -> None:
             x = refs["q"][at, :].astype(float32).T
-            y, turn = turned(x, refs["q_positions"][:, at], planes, settings.query_scale)
+            y, turn = turned(x, positions_of(refs, "q", at), planes, settings.query_scale)
             for name, phase in zip(PHASES, turn, strict=True):
                 if phase is not None:
                     refs[f"q_{name}"][:, at] = phase

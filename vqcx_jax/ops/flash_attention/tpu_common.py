@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vqcx_jax.ops.attention.phase import position_angle
+from vqcx_jax.ops.attention.trig import cos_sin
 from vqcx_jax.ops.flash_attention.amplitude import Amplitude, num_planes
 from vqcx_jax.ops.flash_attention.block_sizes import BlockSizes
 from vqcx_jax.ops.flash_attention.tiles import KIND_SHIFT, Kind, Plan, Visible
@@ -22,13 +24,18 @@ MASKED = -1e30
 
 
 class Settings(NamedTuple):
-    """Static facts of one call."""
+    """Static facts of one call.
+
+    has_table: whether cosines and sines of positions come from outside, made once for all heads;
+    else kernels make them of positions and frequencies.
+    """
 
     scale: float
     soft_cap: float | None
     visible: Visible
     blocks: BlockSizes
     amplitude: Amplitude | None
+    has_table: bool
     interpret: Any
 
     def num_planes(self, width: int) -> int:
@@ -170,14 +177,53 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     )
 
 
+def of_planes(
+    inputs: Inputs, settings: Settings, at: Indices, block_q: int, block_kv: int, of_key_row: Any
+) -> list[Operand]:
+    """What phases are made of, but for positions: parameters of the head at hand, or the table.
+
+    Args:
+        of_key_row: index map of the keys that are turned, of arrays (B, 1, T).
+    """
+    num_planes = settings.num_planes(inputs.q.shape[-1])
+    block = (None, num_planes, 1)
+    if not settings.has_table:
+        operands = [Operand("omega", inputs.omega, block, at.of_kv_head)]
+        if inputs.delta is not None:
+            operands.append(Operand("delta", inputs.delta, block, at.of_kv_head))
+        if inputs.bias is not None:
+            operands.append(Operand("bias", inputs.bias, block, at.of_head))
+        return operands
+    angle = position_angle(inputs.positions.astype(jnp.float32), inputs.omega[0])
+    operands = []
+    for name, x in zip(("cos", "sin"), cos_sin(angle), strict=True):
+        operands += [
+            Operand(f"q_position_{name}", x, (None, num_planes, block_q), at.of_query_row),
+            Operand(f"k_position_{name}", x, (None, num_planes, block_kv), of_key_row),
+        ]
+    if inputs.bias is not None:
+        for name, x in zip(("cos", "sin"), cos_sin(inputs.bias), strict=True):
+            operands.append(Operand(f"bias_{name}", x, block, at.of_head))
+    return operands
+
+
 def planes_of(refs: dict[str, Any], settings: Settings, with_bias: bool) -> Planes:
     """The parameters of the head at hand; keys have no bias."""
-    return Planes(
-        refs["omega"][...],
-        refs["delta"][...] if "delta" in refs else None,
-        refs["bias"][...] if with_bias and "bias" in refs else None,
-        settings.amplitude,
+    omega, delta, bias, bias_cos, bias_sin = (
+        refs[name][...] if name in refs else None
+        for name in ("omega", "delta", "bias", "bias_cos", "bias_sin")
     )
+    if not with_bias:
+        bias = bias_cos = None
+    bias_turn = None if bias_cos is None else (bias_cos, bias_sin)
+    return Planes(omega, delta, bias, settings.amplitude, bias_turn)
+
+
+def positions_of(refs: dict[str, Any], of: str, at: Any) -> Any:
+    """Of queries ("q") or keys ("k"), as `turned` takes them."""
+    if f"{of}_position_cos" in refs:
+        return refs[f"{of}_position_cos"][:, at], refs[f"{of}_position_sin"][:, at]
+    return refs[f"{of}_positions"][:, at]
 
 
 def for_chunks(size: int, body: Callable[[Any], None]) -> None:

@@ -33,7 +33,9 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     meeting_tiles,
+    of_planes,
     planes_of,
+    positions_of,
     strips_of_queries,
 )
 from vqcx_jax.ops.flash_attention.transform import turned
@@ -74,19 +76,17 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
     def of_key_row(n: Any, g: Any, s: Any, *tables: Any) -> tuple[Any, ...]:
         return at.batch(n), 0, tables[1][s]
 
-    planes = (None, num_planes, 1)
     operands = [
         Operand("q", q, (None, None, block_q, width), at.of_queries),
         Operand("k", k, (None, None, block_kv, width), of_keys),
         Operand("v", v, (None, None, block_kv, value_width), of_keys),
-        Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
-        Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
-        Operand("omega", inputs.omega, planes, at.of_kv_head),
+        *of_planes(inputs, settings, at, block_q, block_kv, of_fetched_row),
     ]
-    if inputs.delta is not None:
-        operands.append(Operand("delta", inputs.delta, planes, at.of_kv_head))
-    if inputs.bias is not None:
-        operands.append(Operand("bias", inputs.bias, planes, at.of_head))
+    if not settings.has_table:
+        operands += [
+            Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
+            Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
+        ]
     has_segments = inputs.segment_ids is not None
     if has_segments:
         operands += [
@@ -149,7 +149,7 @@ def _kernel(
 
         def turn(at: Any) -> None:
             x = refs["q"][at, :].astype(jnp.float32).T
-            y, _ = turned(x, refs["q_positions"][:, at], planes, settings.query_scale)
+            y, _ = turned(x, positions_of(refs, "q", at), planes, settings.query_scale)
             refs["turned_q"][at, :] = y.T.astype(refs["turned_q"].dtype)
             if "q_segments" in refs:
                 refs["q_column"][at, :] = column(refs["q_segments"][:, at])
@@ -162,7 +162,7 @@ def _kernel(
 
         def turn(at: Any) -> None:
             x = refs["k"][at, :].astype(jnp.float32).T
-            y, _ = turned(x, refs["k_positions"][:, at], planes)
+            y, _ = turned(x, positions_of(refs, "k", at), planes)
             refs["turned_k"][slot, at, :] = y.T.astype(refs["turned_k"].dtype)
 
         for_chunks(block_kv, turn)

@@ -20,14 +20,16 @@ from vqcx_jax.ops.flash_attention.amplitude import Amplitude
 class Planes(NamedTuple):
     """What the planes of a head have, float32 (P, 1) each.
 
-    omega: radians per position. delta: Adapt's slope; None: 1, without arctangents. bias: radians;
-    None: 0. amplitude: instead of complex numbers; delta is None then.
+    omega: radians per position; None where phases of positions are given as such. delta: Adapt's slope; None: 1, without arctangents. bias: radians;
+    None: 0. amplitude: instead of complex numbers; delta is None then. bias_turn: cosine and sine
+    of the bias, in its place where omega is None.
     """
 
-    omega: jax.Array
+    omega: jax.Array | None
     delta: jax.Array | None
     bias: jax.Array | None
     amplitude: Amplitude | None
+    bias_turn: tuple[jax.Array, jax.Array] | None = None
 
 
 class PhaseGradients(NamedTuple):
@@ -39,7 +41,10 @@ class PhaseGradients(NamedTuple):
 
 
 def turned(
-    x: jax.Array, positions: jax.Array, planes: Planes, scale: float = 1.0
+    x: jax.Array,
+    positions: jax.Array | tuple[jax.Array, jax.Array],
+    planes: Planes,
+    scale: float = 1.0,
 ) -> tuple[jax.Array, Turn]:
     """Scale mu exp(i (delta theta + bias + position omega)), as `encode.complex_queries_and_keys`.
 
@@ -47,22 +52,24 @@ def turned(
     `encode.pope_queries_and_keys`.
 
     Args:
-        x: float32 (d, n), raw queries or keys. positions: int32 (1, n).
+        x: float32 (d, n), raw queries or keys.
+        positions: int32 (1, n); or, without delta, cosine and sine of position omega, (P, n) each.
 
     Returns:
         float32 (2 P, n), and the phases.
     """
     if planes.amplitude is not None:
-        cos, sin = cos_sin(_position_phase(positions, planes))
+        cos, sin = _turn_of_positions(positions, planes)
         radius = _amplitude(x, planes.amplitude)
         if scale != 1.0:
             radius = scale * radius
         return jnp.concatenate([radius * cos, radius * sin]), Turn(cos, sin, None)
     real, imag = _halves(x)
     if planes.delta is None:
-        cos, sin = cos_sin(_position_phase(positions, planes))
+        cos, sin = _turn_of_positions(positions, planes)
         y = jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos])
         return (y if scale == 1.0 else scale * y), Turn(cos, sin, None)
+    assert not isinstance(positions, tuple)
     radius, theta = polar(real, imag)
     cos, sin = cos_sin(planes.delta * theta + _position_phase(positions, planes))
     if scale != 1.0:
@@ -123,6 +130,19 @@ def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[:half], x[half:]
 
 
+def _turn_of_positions(
+    positions: jax.Array | tuple[jax.Array, jax.Array], planes: Planes
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of bias + position omega."""
+    if not isinstance(positions, tuple):
+        return cos_sin(_position_phase(positions, planes))
+    if planes.bias_turn is None:
+        return positions
+    (cos, sin), (bias_cos, bias_sin) = positions, planes.bias_turn
+    return cos * bias_cos - sin * bias_sin, sin * bias_cos + cos * bias_sin
+
+
 def _position_phase(positions: jax.Array, planes: Planes) -> jax.Array:
+    assert planes.omega is not None
     angle = position_angle(positions.astype(jnp.float32), planes.omega)
     return angle if planes.bias is None else angle + planes.bias
