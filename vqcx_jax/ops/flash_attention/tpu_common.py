@@ -209,14 +209,13 @@ def of_planes(
 
 def planes_of(refs: dict[str, Any], settings: Settings, with_bias: bool) -> Planes:
     """The parameters of the head at hand; keys have no bias."""
-    omega, delta, bias, bias_cos, bias_sin = (
-        refs[name][...] if name in refs else None
-        for name in ("omega", "delta", "bias", "bias_cos", "bias_sin")
+    omega, delta, bias = (
+        refs[name][...] if name in refs else None for name in ("omega", "delta", "bias")
     )
-    if not with_bias:
-        bias = bias_cos = None
-    bias_turn = None if bias_cos is None else (bias_cos, bias_sin)
-    return Planes(omega, delta, bias, settings.amplitude, bias_turn)
+    bias_turn = None
+    if with_bias and "bias_cos" in refs:
+        bias_turn = refs["bias_cos"][...], refs["bias_sin"][...]
+    return Planes(omega, delta, bias if with_bias else None, settings.amplitude, bias_turn)
 
 
 def positions_of(refs: dict[str, Any], of: str, at: Any) -> Any:

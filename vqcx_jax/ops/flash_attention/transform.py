@@ -20,9 +20,10 @@ from vqcx_jax.ops.flash_attention.amplitude import Amplitude
 class Planes(NamedTuple):
     """What the planes of a head have, float32 (P, 1) each.
 
-    omega: radians per position; None where phases of positions are given as such. delta: Adapt's slope; None: 1, without arctangents. bias: radians;
-    None: 0. amplitude: instead of complex numbers; delta is None then. bias_turn: cosine and sine
-    of the bias, in its place where omega is None.
+    omega: radians per position; None where phases of positions are given as such. delta: Adapt's
+    slope; None: 1, without arctangents. bias: radians; None: 0. amplitude: instead of complex
+    numbers; delta is None then. bias_turn: cosine and sine of the bias, in its place where omega
+    is None.
     """
 
     omega: jax.Array | None
