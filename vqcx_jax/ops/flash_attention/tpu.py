@@ -26,6 +26,7 @@ from vqcx_jax.ops.flash_attention.tiles import visible
 from vqcx_jax.ops.flash_attention.tpu_backward import backward
 from vqcx_jax.ops.flash_attention.tpu_common import Inputs, Settings
 from vqcx_jax.ops.flash_attention.tpu_forward import forward
+from vqcx_jax.ops.tpu import LANES
 from vqcx_jax.ops.varying import varying_like
 
 
@@ -75,13 +76,15 @@ def attend(
         head_dim, is_packed = max(width, v.shape[-1]), segment_ids is not None
         block_sizes = of_table(device.current().kind, head_dim, is_packed)
     blocks = fit(block_sizes, length)
+    # Of wider heads the table's blocks leave too little vector memory at a length of 32,768.
+    is_shared = frequencies.ndim == 1 or len(frequencies) == 1
     settings = Settings(
         scale=float(scale),
         soft_cap=soft_cap,
         visible=visible(causal, window, length),
         blocks=blocks,
         amplitude=amplitude,
-        has_table=delta is None and (frequencies.ndim == 1 or len(frequencies) == 1),
+        has_table=delta is None and is_shared and planes_of_head <= LANES,
         interpret=interpret,
     )
     step = max(blocks.block_q, blocks.block_kv, blocks.block_q_backward, blocks.block_kv_backward)
