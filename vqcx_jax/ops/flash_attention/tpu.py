@@ -76,7 +76,7 @@ def attend(
         head_dim, is_packed = max(width, v.shape[-1]), segment_ids is not None
         block_sizes = of_table(device.current().kind, head_dim, is_packed)
     blocks = fit(block_sizes, length)
-    # Of wider heads the table's blocks leave too little vector memory at a length of 32,768.
+    # PoPE's table in wider heads leaves too little vector memory at 32,768 float32 positions.
     is_shared = frequencies.ndim == 1 or len(frequencies) == 1
     settings = Settings(
         scale=float(scale),
@@ -84,7 +84,7 @@ def attend(
         visible=visible(causal, window, length),
         blocks=blocks,
         amplitude=amplitude,
-        has_table=delta is None and is_shared and planes_of_head <= LANES,
+        has_table=delta is None and is_shared and width <= LANES,
         interpret=interpret,
     )
     step = max(blocks.block_q, blocks.block_kv, blocks.block_q_backward, blocks.block_kv_backward)
