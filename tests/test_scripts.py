@@ -1,6 +1,7 @@
 """train.py and eval.py as a user runs them: stopped, killed, going on, and given bad input."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -392,6 +393,18 @@ def test_config_that_does_not_fit_the_machine_or_the_text(shell: Shell) -> None:
 def test_bad_evaluation(shell: Shell) -> None:
     check_each(shell, ["eval.py"], BAD_EVALUATION, "nonesuch")
     assert not (shell.directory / "nowhere").exists()
+
+
+def test_every_flag_of_evaluation_is_of_a_task() -> None:
+    """Or of both: one that the table lacks would be ignored by the other task."""
+    spec = importlib.util.spec_from_file_location("evaluation_script", ROOT / "eval.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # Where dataclasses look for the module of a class.
+    spec.loader.exec_module(script)
+    of_tasks = [name for names in script.FLAGS_OF_TASK.values() for name in names]
+    names = [field.name for field in dataclasses.fields(script.Flags)]
+    assert sorted([*of_tasks, "checkpoint", "step", "task"]) == sorted(names)
 
 
 def test_missing_step_and_split(runs: Runs) -> None:

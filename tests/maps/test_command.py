@@ -15,7 +15,7 @@ from tiny_run import save_checkpoint, tiny_config
 import vqcx_jax
 from vqcx_jax import cli, data
 from vqcx_jax.config import apply_overrides, schema, to_json
-from vqcx_jax.maps import TokenMap, __main__
+from vqcx_jax.maps import TokenMap, __main__, flags
 from vqcx_jax.maps.from_vectors import Options, map_from_vectors
 from vqcx_jax.maps.vectors import cooccurrence_vectors
 from vqcx_jax.nn.build import build_model
@@ -118,9 +118,9 @@ def test_sizes_are_those_of_the_configuration(
         of_config = {**of_config, "num_codebooks": "4"}
     overrides = [(f"model.head.{name}", value) for name, value in of_config.items()]
     config = apply_overrides(schema.Config(model=schema.Model(head=schema.VQHead())), overrides)
-    flags, _ = cli.parse_args(__main__.Flags, ["--output=map.npz", *arguments])
-    head, method = __main__._head(config.model.head, flags)
-    options = __main__._options(flags, head, method)
+    given, _ = cli.parse_args(flags.Flags, ["--output=map.npz", *arguments])
+    head, method = flags.head_of(config.model.head, given)
+    options = flags.options_of(given, head, method)
     assert options.num_codes == head.num_codes and options.num_codebooks == head.num_codebooks
     assert options.scale == head.token_scale
     sizes = None, None

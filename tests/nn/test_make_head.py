@@ -86,7 +86,9 @@ def test_head_from_a_map(name: str, with_counts: bool) -> None:
     assert isinstance(config, schema.VQHead | schema.ClassVQHead)
     token_map, counts = near_map_of(config)
     options: dict[str, Any] = {"counts": counts} if with_counts else {}
-    head = heads.head_from_map(token_map, D, form=config.form, rngs=nnx.Rngs(0), **options)
+    if isinstance(config, schema.VQHead):
+        options["form"] = config.form
+    head = heads.head_from_map(token_map, D, rngs=nnx.Rngs(0), **options)
     assert type(head) is kind
     bias = log_shares(counts) if with_counts else None
     with_biases = dataclasses.replace(token_map, bias=bias)
@@ -101,7 +103,7 @@ def test_head_from_a_map(name: str, with_counts: bool) -> None:
     [
         ({"counts": np.ones(V + 1)}, r"counts of shape \(30,\): must be \(29,\), with token_bias"),
         ({"counts": np.ones(V), "token_bias": False}, "counts of shape"),
-        ({"form": "sum"}, "form='sum': must be one of"),
+        ({"form": "additive"}, "form='additive': must be 'product' for a map with classes"),
         ({"implementation": "cuda"}, "implementation='cuda': must be one of"),
         ({"dtype": "int8"}, "dtype='int8': must be 'float32' or 'bfloat16'"),
         ({"dim": 0}, "dim=0: must be at least 1"),

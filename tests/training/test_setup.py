@@ -13,7 +13,7 @@ from tiny_run import save_checkpoint, tiny_config, write_documents
 
 from vqcx_jax.data import tokenizer_fingerprint
 from vqcx_jax.errors import CheckpointError, DataError, UserError
-from vqcx_jax.maps import TokenMap, widths
+from vqcx_jax.maps import TokenClasses, TokenMap, widths
 from vqcx_jax.nn.build import build_model
 from vqcx_jax.nn.heads.frequency_order import paths_of
 from vqcx_jax.training.setup import Setup, prepare
@@ -180,6 +180,10 @@ def test_token_map_may_move_but_not_change(
     # The same codes, with another provenance.
     dataclasses.replace(first.token_map, provenance={}).save(tmp_path / "elsewhere.npz")
     monkeypatch.chdir(tmp_path)
+    assert prepare(moved, tmp_path / "run/checkpoints", 3).config == moved
+    # Classes, which this head leaves out.
+    of_classes = TokenClasses(np.arange(264, dtype=np.int32) % 3, np.zeros((3, 1), np.int32))
+    dataclasses.replace(first.token_map, classes=of_classes).save(tmp_path / "elsewhere.npz")
     assert prepare(moved, tmp_path / "run/checkpoints", 3).config == moved
     other = first.token_map.codes[::-1].copy()
     dataclasses.replace(first.token_map, codes=other).save(tmp_path / "elsewhere.npz")

@@ -53,7 +53,7 @@ def cache_directory(configured: str | None) -> Path:
     """Where prepared corpora and trained tokenizers are kept: `configured`, or the default.
 
     Raises:
-        UserError: a URL.
+        UserError: a URL, or what can be no directory.
     """
     path = local_path("cache_dir", configured or "~/.cache/vqcx_jax").absolute()
     check_directory("cache_dir", path, writable=False)

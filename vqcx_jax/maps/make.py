@@ -156,7 +156,7 @@ def _from_documents(
         # A damaged file, or one that was made in another way, is made again.
         with contextlib.suppress(DataError):
             token_map = TokenMap.load(cached_at, vocab_size=len(counts))
-            if {**token_map.provenance, **wanted} == token_map.provenance:
+            if wanted.items() <= token_map.provenance.items():
                 return token_map
     num_slices = options.num_codebooks if options.method == "product" else 1
     rank = rank_for(embed_dim, num_slices)

@@ -4,9 +4,11 @@ The interpreter keeps blocks, semaphores and copies as a TPU does, and fills mem
 written with NaN.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -228,6 +230,37 @@ def test_bfloat16_is_near_the_definition(name: str) -> None:
         # Those by frequencies as above: plain JAX is off by 0.018 for PoPE.
         is_pope_frequencies = "pope" in name and key == "frequencies"
         assert relative < (0.015 if is_pope_frequencies else 0.01), key
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "num_tables"),
+    [
+        ("pope_shared", {}, 4),
+        ("rope_shared", {}, 4),
+        ("pope_shared", {"shared": False, "num_kv_heads": 2}, 0),
+        ("pope_shared", {"width": 256}, 0),
+        ("complex_shared", {}, 0),
+    ],
+)
+def test_tables_of_cosines(name: str, change: dict[str, Any], num_tables: int) -> None:
+    """Cosines and sines, each of queries' and of keys' positions, are operands of the kernel."""
+    case = CASES[name]._replace(races=False, **change)
+    arrays, fixed = make(case, jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda arrays: ours(case, arrays, fixed))(arrays)
+    (kernel,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "pallas_call"]
+    planes = num_planes(case.width, fixed["amplitude"])
+    shapes = [x.aval.shape for x in kernel.invars]
+    of_tables = [s for s in shapes if len(s) == 3 and s[:2] == (case.batch, planes) and s[2] > 1]
+    assert len(of_tables) == num_tables
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of inner functions too, but for what a kernel is made of."""
+    for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name != "pallas_call":
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from equations(inner)
 
 
 @newest_jax

@@ -39,6 +39,10 @@ class Corpus:
     fingerprint: str
     splits: Mapping[str, Source]
 
+    def record(self) -> dict[str, str]:
+        """What checkpoints and token maps say of the text."""
+        return {"name": self.name, "fingerprint": self.fingerprint}
+
     def split(self, name: str) -> Source:
         """Returns the documents of a split.
 

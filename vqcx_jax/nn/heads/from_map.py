@@ -56,6 +56,8 @@ def head_from_map(
         raise DataError(
             f"counts of shape {counts.shape}: must be ({token_map.vocab_size},), with token_bias"
         )
+    if token_map.classes is not None and form != "product":
+        raise UserError(f"form={form!r}: must be 'product' for a map with classes")
     check_positive(dim=dim)
     check_form(form)
     named(implementation)

@@ -110,7 +110,6 @@ def nll(
         UserError: as `log_z`; targets are not one for each position or, where they are known, out
             of range.
     """
-    multi.check_assignment(code_logits, assignment)
     check_targets(targets, assignment.shape[0], code_logits[0].shape[:-1])
     log_z_of = functools.partial(
         log_z, code_logits, assignment, implementation=implementation, product_dtype=product_dtype

@@ -37,7 +37,7 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     meeting_tiles,
-    of_planes,
+    phase_operands,
     planes_of,
     positions_of,
     strips_of_keys,
@@ -156,7 +156,7 @@ def _chunk(
         Operand("lse", lse, (None, None, 1, block_q), at.of_lse),
         Operand("q_positions", inputs.positions, (None, 1, block_q), at.of_query_row),
         Operand("k_positions", inputs.positions, (None, 1, block_kv), of_fetched_row),
-        *of_planes(inputs, settings, at, block_q, block_kv, of_fetched_row),
+        *phase_operands(inputs, settings, at, block_q, block_kv, of_fetched_row),
     ]
     if inputs.segment_ids is not None:
         operands += [

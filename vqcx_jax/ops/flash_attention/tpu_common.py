@@ -177,7 +177,7 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     )
 
 
-def of_planes(
+def phase_operands(
     inputs: Inputs, settings: Settings, at: Indices, block_q: int, block_kv: int, of_key_row: Any
 ) -> list[Operand]:
     """What phases are made of, but for positions: parameters of the head at hand, or the table.

@@ -33,7 +33,7 @@ from vqcx_jax.ops.flash_attention.tpu_common import (
     for_kinds,
     masked,
     meeting_tiles,
-    of_planes,
+    phase_operands,
     planes_of,
     positions_of,
     strips_of_queries,
@@ -80,7 +80,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[jax.Array, jax.Array]:
         Operand("q", q, (None, None, block_q, width), at.of_queries),
         Operand("k", k, (None, None, block_kv, width), of_keys),
         Operand("v", v, (None, None, block_kv, value_width), of_keys),
-        *of_planes(inputs, settings, at, block_q, block_kv, of_fetched_row),
+        *phase_operands(inputs, settings, at, block_q, block_kv, of_fetched_row),
     ]
     if not settings.has_table:
         operands += [
