@@ -14,16 +14,12 @@ libtpu, which only one process at a time may use.
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
+from records import Record, Records, append, key, read
 from schedules import cases, compiler, tiles
-
-Record = dict[str, Any]
-Records = dict[str, Record]  # Key of what was asked -> what came out.
 
 
 def main() -> None:
@@ -41,8 +37,7 @@ def main() -> None:
             if time.monotonic() >= deadline:
                 break
             record = {"asked": asked(request), **_try(request)}
-            with args.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(args.results, record)
     for chip, part in wanted:
         print("\n".join(table(args.case, chip, part, read(args.results))), end="\n\n")
 
@@ -62,17 +57,6 @@ def asked(request: compiler.Request) -> Record:
     """Everything that decides what comes out, but for the kernel's own code."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     return {**dataclasses.asdict(request), **versions}
-
-
-def key(asked: Record) -> str:
-    """Of a record."""
-    return json.dumps(asked, sort_keys=True)
-
-
-def read(path: Path) -> Records:
-    """The results so far."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {key(record["asked"]): record for record in map(json.loads, lines)}
 
 
 def _try(request: compiler.Request) -> Record:

@@ -12,7 +12,8 @@ from versions import newest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import attention, device, dispatch
-from vqcx_jax.ops.euler_turn import queries_and_keys
+from vqcx_jax.ops.euler_turn import mosaic_gpu, queries_and_keys
+from vqcx_jax.ops.euler_turn.block_sizes import BlockSizes, Tile
 from vqcx_jax.sharding import make_mesh
 
 
@@ -76,6 +77,34 @@ def test_float32(case: Case, hopper: None, in_float64: Any, max_error: Any) -> N
         max_error(a, e) for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
     ]
     assert max(errors) <= 1e-5
+
+
+@newest_jax
+def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
+    """Blocks of three small tiles, and of one large tile in the backward pass."""
+    args, cotangents = make(CASES["grouped"], jnp.float32)
+    formula = functools.partial(values_and_gradients, attention.complex_queries_and_keys)
+    expected = in_float64(formula, args, cotangents)
+    other = functools.partial(
+        mosaic_gpu.queries_and_keys, blocks=BlockSizes(Tile(512, 3), Tile(4096, 1))
+    )
+    actual = jax.tree.map(np.asarray, values_and_gradients(other, args, cotangents))
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert max_error(a, e) <= 1e-5
+
+
+@newest_jax
+@pytest.mark.parametrize(
+    ("blocks", "error"),
+    [
+        (BlockSizes(forward=Tile(1000, 8)), "size=1000 of the forward tile: must be a multiple"),
+        (BlockSizes(backward=Tile(128, 0)), "steps=0 of the backward tile: must be at least 1"),
+    ],
+)
+def test_tiles_that_cannot_be(hopper: None, blocks: BlockSizes, error: str) -> None:
+    args, _ = make(CASES["grouped"], jnp.float32)
+    with pytest.raises(UserError, match=error):
+        mosaic_gpu.queries_and_keys(*args, blocks=blocks)
 
 
 @newest_jax

@@ -13,7 +13,8 @@ from versions import newest_jax
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device, dispatch
 from vqcx_jax.ops.codebook import streaming
-from vqcx_jax.ops.codebook.streaming import reference
+from vqcx_jax.ops.codebook.streaming import mosaic_gpu, reference
+from vqcx_jax.ops.codebook.streaming.gpu_block_sizes import BlockSizes, Tile
 
 kernel = functools.partial(streaming.log_z, implementation="mosaic_gpu", product_dtype="bfloat16")
 
@@ -70,6 +71,36 @@ def test_equals_the_definition(case: Case, hopper: None, in_float64: Any, max_er
         assert max_error(actual, true) <= 2.0**-8
     for actual, true in zip(gradients[1:], expected[1][1:], strict=True):
         assert actual is None or max_error(actual, true) <= 1e-5
+
+
+@newest_jax
+def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
+    """Of which neither is a multiple of the other, three at a time; ragged parts."""
+    args = make(CASES["several_blocks"])
+    other = functools.partial(
+        mosaic_gpu.log_z, product_dtype="bfloat16", blocks=BlockSizes(Tile(128, 3), Tile(192, 2))
+    )
+    log_z, gradients = values_and_gradients(other, *args)
+    expected = in_float64(functools.partial(values_and_gradients, reference.log_z), *args)
+    np.testing.assert_allclose(log_z, expected[0], rtol=1e-5, atol=1e-5)
+    for actual, true in zip(gradients[0], expected[1][0], strict=True):
+        assert max_error(actual, true) <= 2.0**-8
+    assert max_error(gradients[1], expected[1][1]) <= 1e-5
+
+
+@newest_jax
+@pytest.mark.parametrize(
+    ("blocks", "error"),
+    [
+        (BlockSizes(forward=Tile(32, 2)), "tokens=32 of the forward tile: must be a multiple of"),
+        (BlockSizes(backward=Tile(320, 2)), "tokens=320 of the backward tile: must be"),
+        (BlockSizes(forward=Tile(64, 1)), "stages=1 of the forward tile: must be at least 2"),
+    ],
+)
+def test_tiles_that_cannot_be(hopper: None, blocks: BlockSizes, error: str) -> None:
+    arrays, codes, _ = make(CASES["ragged"])
+    with pytest.raises(UserError, match=error):
+        mosaic_gpu.log_z(arrays[0], codes, product_dtype="bfloat16", blocks=blocks)
 
 
 @newest_jax

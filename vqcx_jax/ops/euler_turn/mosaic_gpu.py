@@ -6,6 +6,7 @@ that arrays need no layout but the one in which they lie in memory; gradients by
 plane are summed over a block's tiles in registers, and over rows and blocks by XLA.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from vqcx_jax.ops import attention, dispatch, gpu
+from vqcx_jax.ops import attention, device, dispatch, gpu
 from vqcx_jax.ops.attention.planes import per_query_head
 from vqcx_jax.ops.attention.polar import Turn, polar, pull_back_pair
 from vqcx_jax.ops.attention.trig import arctan2, cos_sin
+from vqcx_jax.ops.euler_turn.block_sizes import BlockSizes, Tile, block_sizes, check
 from vqcx_jax.ops.varying import varying_like
-
-# Numbers of one half of a tile: 16 a thread. Tiles of a block, one after the other.
-_TILE_SIZE, _STEPS = 2048, 8
 
 
 def queries_and_keys(
@@ -30,20 +29,41 @@ def queries_and_keys(
     sin: jax.Array,
     delta: jax.Array,
     bias: jax.Array,
+    *,
+    blocks: BlockSizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.queries_and_keys`."""
+    """See `api.queries_and_keys`.
+
+    Args:
+        blocks: None: those of the table for this device.
+
+    Raises:
+        UserError: blocks that no kernel can be made of.
+        NotSupported: another width or dtype, or no Hopper GPU.
+    """
     gpu.require_hopper()
+    if blocks is None:
+        blocks = block_sizes(device.current().kind)
+    check(blocks)
     num_planes = q.shape[-1] // 2
     if q.shape[-1] % 2 or num_planes not in (16, 32, 64, 128):
         raise dispatch.NotSupported(f"head_dim={q.shape[-1]}: must be 32, 64, 128 or 256")
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise dispatch.NotSupported(f"dtype={q.dtype}: must be bfloat16, float16 or float32")
     q_delta = per_query_head(delta, q.shape[2])
-    return _turned(q, cos, sin, q_delta, bias), _turned(k, cos, sin, delta, jnp.zeros_like(delta))
+    return (
+        _turned(blocks, q, cos, sin, q_delta, bias),
+        _turned(blocks, k, cos, sin, delta, jnp.zeros_like(delta)),
+    )
 
 
 def _turned(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, delta: jax.Array, bias: jax.Array
+    blocks: BlockSizes,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    delta: jax.Array,
+    bias: jax.Array,
 ) -> jax.Array:
     """Mu exp(i (delta theta + bias)) times cos + i sin; delta and bias as in `euler_adapt`."""
     num_batch, num_rows, num_heads, head_dim = x.shape
@@ -53,26 +73,31 @@ def _turned(
     # A table for all heads, or one for each group of heads.
     cos, sin = (y if y.ndim == 4 else y[:, :, None] for y in (cos, sin))
     halves = x.reshape(num_batch, num_rows, num_heads, 2, head_dim // 2)
-    return _turned_halves(halves, cos, sin, delta, bias).reshape(x.shape)
+    return _turned_halves(blocks, halves, cos, sin, delta, bias).reshape(x.shape)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _turned_halves(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, delta: jax.Array, bias: jax.Array
+    blocks: BlockSizes,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    delta: jax.Array,
+    bias: jax.Array,
 ) -> jax.Array:
     """Of (B, T, H, 2, P), with tables (B, T, K, P), and (H, P)."""
-    return _forward(x, cos, sin, delta, bias)
+    return _forward(blocks, x, cos, sin, delta, bias)
 
 
-def _turned_fwd(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _forward(*args), args
+def _turned_fwd(blocks: BlockSizes, *args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _forward(blocks, *args), args
 
 
 def _turned_bwd(
-    args: tuple[jax.Array, ...], cotangent: jax.Array
+    blocks: BlockSizes, args: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     x, cos, sin, delta, bias = args
-    dx, d_delta, d_bias = _backward(x, cos, sin, delta, bias, cotangent)
+    dx, d_delta, d_bias = _backward(blocks, x, cos, sin, delta, bias, cotangent)
     # By the tables only where frequencies are trained; else nobody asks, and XLA drops it.
     wide = x.astype(jnp.float32).reshape(*x.shape[:3], -1)
     real, imag = jnp.split(attention.euler_adapt(wide, delta, bias), 2, axis=-1)
@@ -94,17 +119,22 @@ class _Plan(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def _plan(x: jax.Array) -> _Plan:
+def _plan(x: jax.Array, tile: Tile) -> _Plan:
     num_batch, num_rows, num_heads, _, num_planes = x.shape
-    rows = _TILE_SIZE // num_planes
-    steps = min(_STEPS, pl.cdiv(num_rows, rows))
+    rows = tile.size // num_planes
+    steps = min(tile.steps, pl.cdiv(num_rows, rows))
     return _Plan(rows, steps, (num_batch, pl.cdiv(num_rows, rows * steps), num_heads))
 
 
 def _forward(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, delta: jax.Array, bias: jax.Array
+    blocks: BlockSizes,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    delta: jax.Array,
+    bias: jax.Array,
 ) -> jax.Array:
-    plan = _plan(x)
+    plan = _plan(x, blocks.forward)
     tile = (plan.rows, x.shape[-1])
     plgpu = gpu.pallas()
 
@@ -145,6 +175,7 @@ def _forward(
 
 
 def _backward(
+    blocks: BlockSizes,
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
@@ -153,7 +184,7 @@ def _backward(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients by x, (H, P) by delta and by bias."""
-    plan = _plan(x)
+    plan = _plan(x, blocks.backward)
     num_planes = x.shape[-1]
     tile = (plan.rows, num_planes)
     plgpu = gpu.pallas()

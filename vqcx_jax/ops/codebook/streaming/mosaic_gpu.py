@@ -20,8 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from vqcx_jax.ops import gpu
+from vqcx_jax.ops import device, gpu
 from vqcx_jax.ops.codebook import multi
+from vqcx_jax.ops.codebook.streaming.gpu_block_sizes import BlockSizes, Tile, block_sizes, check
 from vqcx_jax.ops.dispatch import NotSupported
 from vqcx_jax.ops.varying import varying_like
 
@@ -29,10 +30,14 @@ _LOG2_E = math.log2(math.e)
 # Positions of a warpgroup, and warpgroups that compute; code logits come in multiples.
 _ROWS, _WARPGROUPS, _CODES = 64, 2, 64
 _MAX_CODES = 256
-# Tokens of a tile, forward and backward, where the gradient takes half of the registers.
-_TOKENS = (128, 64)
-_STAGES = 2
 _GRID = ("rows", "part")
+
+
+class _Static(NamedTuple):
+    """Into how many parts the vocabulary is cut, and its tiles."""
+
+    parts: int
+    blocks: BlockSizes
 
 
 class _Tokens(NamedTuple):
@@ -50,10 +55,15 @@ def log_z(
     scale: jax.Array | None = None,
     *,
     product_dtype: DTypeLike = "float32",
+    blocks: BlockSizes | None = None,
 ) -> jax.Array:
     """See `api.log_z`.
 
+    Args:
+        blocks: None: those of the table for this device.
+
     Raises:
+        UserError: blocks that no kernel can be made of.
         NotSupported: product_dtype is not bfloat16, more than 256 code logits, or no Hopper GPU.
     """
     gpu.require_hopper()
@@ -68,10 +78,13 @@ def log_z(
     l_NxC = jnp.concatenate([l.reshape(-1, l.shape[-1]) for l in code_logits], axis=1)
     padding = (-num_positions % block, padded_codes - sum(num_codes))
     l_NxC = jnp.pad(_LOG2_E * l_NxC, [(0, n) for n in padding]).astype(jnp.bfloat16)
-    parts = _parts(len(l_NxC), len(assignment))
-    multiple = max(_TOKENS) * parts
-    tokens = _tokens(assignment, num_codes, padded_codes, multiple, bias, scale)
-    log2_z_N = _log2_z(parts, l_NxC, jax.tree.map(lambda x: varying_like(x, l_NxC), tokens))
+    if blocks is None:
+        blocks = block_sizes(device.current().kind)
+    check(blocks)
+    multiple = math.lcm(*(tile.tokens for tile in blocks))
+    static = _Static(_parts(len(l_NxC), len(assignment), multiple), blocks)
+    tokens = _tokens(assignment, num_codes, padded_codes, multiple * static.parts, bias, scale)
+    log2_z_N = _log2_z(static, l_NxC, jax.tree.map(lambda x: varying_like(x, l_NxC), tokens))
     return (log2_z_N[:num_positions] / _LOG2_E).reshape(leading)
 
 
@@ -99,18 +112,18 @@ def _tokens(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log2_z(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
-    return _forward(parts, l_NxC, tokens)
+def _log2_z(static: _Static, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
+    return _forward(static, l_NxC, tokens)
 
 
-def _log2_z_fwd(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> tuple[jax.Array, Any]:
-    log2_z_N = _forward(parts, l_NxC, tokens)
+def _log2_z_fwd(static: _Static, l_NxC: jax.Array, tokens: _Tokens) -> tuple[jax.Array, Any]:
+    log2_z_N = _forward(static, l_NxC, tokens)
     return log2_z_N, (l_NxC, tokens, log2_z_N)
 
 
-def _log2_z_bwd(parts: int, residuals: Any, g_N: jax.Array) -> tuple[jax.Array, _Tokens]:
+def _log2_z_bwd(static: _Static, residuals: Any, g_N: jax.Array) -> tuple[jax.Array, _Tokens]:
     l_NxC, tokens, log2_z_N = residuals
-    d_l_NxC, d_scale_V, d_bias_V = _backward(parts, l_NxC, tokens, log2_z_N, g_N)
+    d_l_NxC, d_scale_V, d_bias_V = _backward(static, l_NxC, tokens, log2_z_N, g_N)
     d_tokens = _Tokens(jnp.zeros_like(tokens.s_VxC), d_scale_V, d_bias_V)
     return d_l_NxC.astype(l_NxC.dtype), d_tokens
 
@@ -118,16 +131,16 @@ def _log2_z_bwd(parts: int, residuals: Any, g_N: jax.Array) -> tuple[jax.Array, 
 _log2_z.defvjp(_log2_z_fwd, _log2_z_bwd)
 
 
-def _parts(num_rows: int, vocab_size: int) -> int:
-    """Into how many parts the vocabulary is cut, so that there is work for a whole GPU."""
+def _parts(num_rows: int, vocab_size: int, multiple: int) -> int:
+    """Of so many tokens or more, as many as make work for a whole GPU."""
     wanted = max(1, 128 // (num_rows // (_ROWS * _WARPGROUPS)))
-    return min(wanted, pl.cdiv(vocab_size, max(_TOKENS)))
+    return min(wanted, pl.cdiv(vocab_size, multiple))
 
 
-def _forward(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
+def _forward(static: _Static, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
     plgpu = gpu.pallas()
     num_rows, num_codes = l_NxC.shape
-    tiles = _tiles(_TOKENS[0], parts, tokens)
+    tiles = _tiles(static.blocks.forward, static.parts, tokens)
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def body(
@@ -186,13 +199,13 @@ def _forward(parts: int, l_NxC: jax.Array, tokens: _Tokens) -> jax.Array:
 
 
 def _backward(
-    parts: int, l_NxC: jax.Array, tokens: _Tokens, log2_z_N: jax.Array, g_N: jax.Array
+    static: _Static, l_NxC: jax.Array, tokens: _Tokens, log2_z_N: jax.Array, g_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients by l, and (V,) by scale and bias."""
     plgpu = gpu.pallas()
     num_rows, num_codes = l_NxC.shape
-    size = _TOKENS[1]
-    tiles = _tiles(size, parts, tokens)
+    tiles = _tiles(static.blocks.backward, static.parts, tokens)
+    size = tiles.size
     by_row = plgpu.Layout.WGMMA.reduce(1)
 
     def body(
@@ -281,15 +294,20 @@ def _backward(
 
 
 class _Tiles(NamedTuple):
-    """Tiles of `size` tokens, `steps` of them in each part, of which a block of threads has one."""
+    """Tiles of `size` tokens, `steps` of them in each part, of which a block of threads has one.
+
+    stages: of them that are in shared memory at a time.
+    """
 
     size: int
     steps: int
     parts: int
+    stages: int
 
 
-def _tiles(size: int, parts: int, tokens: _Tokens) -> _Tiles:
-    return _Tiles(size, len(tokens.bias_V) // (size * parts), parts)
+def _tiles(tile: Tile, parts: int, tokens: _Tokens) -> _Tiles:
+    steps = len(tokens.bias_V) // (tile.tokens * parts)
+    return _Tiles(tile.tokens, steps, parts, tile.stages)
 
 
 def _for_tiles(
@@ -310,7 +328,7 @@ def _for_tiles(
         tile,
         grid=(tiles.steps,),
         in_specs=[s_spec, per_token, per_token],
-        max_concurrent_steps=_STAGES,
+        max_concurrent_steps=tiles.stages,
         memory_registers=40,
         wg_axis="warpgroup",
         num_compute_wgs=_WARPGROUPS,
