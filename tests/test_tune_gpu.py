@@ -89,6 +89,7 @@ def test_goes_on_and_ranks(
         return {**of_today, "ms": [3.0] * repeats}
 
     monkeypatch.setattr(tune, "time_beside_today", timed)
+    monkeypatch.setattr(tune.gpu, "require_hopper", lambda: None)  # Of the oldest jax, too.
     results = tmp_path / "results.jsonl"
     arguments = ["tune_gpu.py", CASE, f"--results={results}", "--repeats=3", "--parts=forward"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--minutes=0"])
