@@ -472,6 +472,7 @@ def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     expected = np.take_along_axis(log_p, np.asarray(tokens), axis=-1)
     actual = jax.jit(lambda head, h: head.log_probs(h, tokens))(head, h)
     chex.assert_trees_all_close(np.float64(actual), expected, rtol=1e-5, atol=2e-6)
+    assert head.log_probs(h, tokens[..., :0]).shape == (*h.shape[:2], 0)
 
 
 @pytest.mark.parametrize(

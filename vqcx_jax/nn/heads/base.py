@@ -99,6 +99,8 @@ class Head(nnx.Module, abc.ABC):
         """Log p of C given tokens at each position, float32 (B, T, C). Tokens as in `nll`."""
         num_tokens = tokens_BxTxC.shape[-1]
         check_shape("tokens", tokens_BxTxC, (*h_BxTxD.shape[:-1], num_tokens))
+        if num_tokens == 0:
+            return jnp.zeros(tokens_BxTxC.shape)
 
         def listed(h: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
             return jnp.repeat(h, num_tokens, axis=1), tokens.reshape(len(tokens), -1)
