@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.codebook.token_table import Masses, TokenTable, mass_of_first
-from vqcx_jax.ops.sampling.nucleus import first_bounds, mean_place, number_at
+from vqcx_jax.ops.sampling.float_order import first_bounds, mean_place, number_at
 
 
 def nucleus(
