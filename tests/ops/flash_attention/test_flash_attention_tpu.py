@@ -313,11 +313,14 @@ def test_blocks_fit_the_length(length: int, block_q: int, block_kv: int) -> None
     assert (fitted.block_q, fitted.block_kv) == (block_q, block_kv)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v6 lite", "cpu"])
-def test_tiles_of_the_table_fit_every_length(kind: str) -> None:
-    assert block_sizes(kind, 128, is_packed=True) == block_sizes(kind, 256, False) == BlockSizes()
-    of_table = block_sizes(kind, 128, is_packed=False)
-    assert (of_table == BlockSizes()) == (kind == "cpu")
+def test_tiles_of_the_table_fit_every_length(kind: str, is_packed: bool) -> None:
+    assert block_sizes(kind, 256, is_packed) == BlockSizes()
+    of_table = block_sizes(kind, 128, is_packed)
+    # On v6e nothing was better than the default for rows of several documents.
+    assert (of_table == BlockSizes()) == (kind == "cpu" or (is_packed and "v6" in kind))
+    assert not is_packed or of_table.block_q <= BlockSizes().block_q
     for length in (1, 300, 1025, 1600, 5000, 8192, 100_001):
         fitted = fit(of_table, length)
         for block, sub, most in (

@@ -4,8 +4,8 @@ Rows of one document, heads up to 128 wide, on the chips that are named: the few
 schedules of those that
     python benchmarks/tune.py "attention, complex" --chips v5p v6e --results FILE.jsonl
 has tried, for T = 8192 and 16 causal heads of 128 (docs/kernels.md). The same tiles were the best
-for "attention, PoPE", whose queries and keys are twice as wide once they are turned. The others
-were tried by hand.
+for "attention, PoPE", whose queries and keys are twice as wide once they are turned. Rows of
+several documents: likewise, with "attention, PoPE, packed". The others were tried by hand.
 """
 
 import dataclasses
@@ -81,12 +81,20 @@ _TABLE = {
     "TPU v6 lite": BlockSizes(block_q=2048, block_kv=2048, block_kv_backward=2048),
 }
 
+# Smaller tiles leave out more of what other documents' tokens would be. On v6e they cost as much.
+_V5P_PACKED = BlockSizes(
+    block_q=512, block_kv=512, block_q_backward=512, block_kv_backward=512, sub_kv_backward=128
+)
+_PACKED = {"TPU v5": _V5P_PACKED, "TPU v5p": _V5P_PACKED}
+
 
 def block_sizes(device_kind: str, head_dim: int, is_packed: bool) -> BlockSizes:
     """Those for a device and the width of queries and keys as they come, or of values if larger.
 
     Args:
-        is_packed: are there documents? Their tiles are not larger than the default, as more of a
-            larger one is computed in vain.
+        is_packed: are there segment ids? Their tiles are not larger than the default, as more of
+            a larger one is computed in vain.
     """
-    return _OTHERS if is_packed or head_dim > 128 else _TABLE.get(device_kind, _OTHERS)
+    if head_dim > 128:
+        return _OTHERS
+    return (_PACKED if is_packed else _TABLE).get(device_kind, _OTHERS)
