@@ -26,7 +26,7 @@ from summed_cases import (
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops import softmax
+from vqcx_jax.ops import device, softmax
 
 # As users compile it.
 pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
@@ -217,6 +217,50 @@ def test_memory() -> None:
     assert long - short <= 4 * 4 * (512 - 128) * 256  # Hidden states and their gradients.
     assert temporary_bytes(lambda x: in_blocks(case)(*x), case) <= 4 * 4 * 128 * 1024
     assert temporary_bytes(values_and_gradients(sums(plain)), longer) >= 8 * held
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "current", lambda: device.Device("gpu", "NVIDIA H100 80GB HBM3"))
+
+
+@pytest.mark.parametrize("name", ["smaller_than_block", "ragged", "capped", "large_vocabulary"])
+def test_whole_rows_on_accelerators(
+    name: str, accelerator: None, in_float64: Any, max_error: Any
+) -> None:
+    """All rows are one block there; positions are still cut."""
+    case = CASES[name]
+    x = make(case)
+    values, gradients = jax.jit(values_and_gradients(in_blocks(case)))(x)
+    exact = partial(sums(definition), cap=case.cap)
+    true_values, true_gradients = in_float64(values_and_gradients(exact), x)
+    chex.assert_trees_all_close(values, true_values, rtol=1e-5)
+    for actual, expected in zip(*map(jax.tree.leaves, (gradients, true_gradients)), strict=True):
+        assert max_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "is_cpu", "num_blocks"),
+    # 8192 positions of 128,256 tokens: 1024 on accelerators. Of 2 million: 128, more than asked.
+    [(128_256, True, 64), (128_256, False, 8), (2_000_000, False, 64), (300, False, 1)],
+)
+def test_positions_of_a_block(
+    vocab_size: int, is_cpu: bool, num_blocks: int, request: pytest.FixtureRequest
+) -> None:
+    if not is_cpu:
+        request.getfixturevalue("accelerator")
+    x = jax.eval_shape(lambda: make(Case(7, leading=(8192,), dim=4)))
+    x = x._replace(
+        weights=jax.ShapeDtypeStruct((vocab_size, 4), jnp.float32),
+        bias=jax.ShapeDtypeStruct((vocab_size,), jnp.float32),
+    )
+    jaxpr = jax.make_jaxpr(values_and_gradients(softmax.summed_nll))(x)
+    # Blocks of rows, within those of positions, are two loops more.
+    lengths = [
+        eqn.params["length"] for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"
+    ]
+    assert lengths[0] == num_blocks
+    assert (max(lengths[1:], default=1) > 1) == is_cpu
 
 
 @pytest.mark.parametrize("token_block", [0, -1])

@@ -5,8 +5,9 @@ sum. So the forward pass, if it is to be differentiated, goes over blocks of pos
 the logits of each block both its loss and its gradients; the backward pass multiplies. `streamed`
 has four products, because the cotangents of single losses are not known before.
 
-Logits of a block of P positions are held, (V, P); everything else is done on C of their rows at a
-time (see `blocks`), so that it stays in cache.
+Logits of a block of P positions are held, (V, P); on CPUs everything else is done on C of their
+rows at a time (see `blocks`), so that it stays in cache. On others all rows are one block, and P is
+larger: a step of a loop costs more there than a pass over its logits.
 
 Dtypes. As in `streamed`, except that d loss / d weights is summed over blocks too: in float32, one
 more array of V D where the operands are bfloat16, and rounded once.
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
+from vqcx_jax.ops import device
 from vqcx_jax.ops.checks import check_per_token, check_shape, check_targets, check_width
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax import streamed
@@ -40,7 +42,10 @@ from vqcx_jax.ops.varying import varying_like
 
 # The V x D gradient is read and written once for each block, which speaks for large blocks; the
 # memory, V numbers for each position, against them.
-TOKEN_BLOCK = 128
+_TOKEN_BLOCK = 128
+_LOGITS_OF_A_BLOCK = (
+    2**27
+)  # On accelerators, 512 MiB of float32, if that is not below 128 positions.
 
 _Rows = tuple[jax.Array, jax.Array | None]  # Weights and bias, or the gradients by them.
 _Residuals = tuple[jax.Array, _Rows, jax.Array]
@@ -49,6 +54,7 @@ _Residuals = tuple[jax.Array, _Rows, jax.Array]
 class _Options(NamedTuple):
     cap: float | None
     token_block: int
+    vocab_block: int
     vocab_axes: tuple[str, ...]
     dtype: Any  # Of h and weights.
 
@@ -62,7 +68,7 @@ def summed_nll(
     z_loss: float | jax.Array = 0.0,
     *,
     cap: float | None = None,
-    token_block: int = TOKEN_BLOCK,
+    token_block: int | None = None,
     vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of nll + z_loss log(Z)^2, and of nll, over the positions that count.
@@ -79,7 +85,8 @@ def summed_nll(
         bias: float32 (V,) or None.
         z_loss: coefficient of log(Z)^2.
         cap: soft-cap of weights . h, see `ops.soft_cap`; None: as it is.
-        token_block: positions whose V logits are held at a time; may exceed their number.
+        token_block: positions whose V logits are held at a time; may exceed their number. None:
+            128 on CPUs, elsewhere as many as make 512 MiB of logits, if that is more.
         vocab_axes: mesh axes over whose devices weights and bias are split, in order, by rows;
             targets count the rows of all of them. (): every device has all rows.
 
@@ -90,6 +97,10 @@ def summed_nll(
         UserError: token_block is not positive, bias is not (V,), targets or counts are not one for
             each h; where they are known, targets out of range.
     """
+    is_cpu = device.current().platform == "cpu"
+    if token_block is None:
+        most = 0 if is_cpu else _LOGITS_OF_A_BLOCK // max(len(weights), 1)
+        token_block = max(_TOKEN_BLOCK, most // _TOKEN_BLOCK * _TOKEN_BLOCK)
     if token_block < 1:
         raise UserError(f"token_block is {token_block}; it must be a positive integer")
     check_per_token("bias", bias, weights.shape[0])
@@ -99,7 +110,7 @@ def summed_nll(
     if vocab_axes:
         h = varying_like(h, weights)
     loss, nll = _sums(
-        _Options(cap, token_block, vocab_axes, h.dtype),
+        _Options(cap, token_block, VOCAB_BLOCK if is_cpu else len(weights), vocab_axes, h.dtype),
         h.reshape(-1, h.shape[-1]),
         varying_like(weights, h),
         None if bias is None else varying_like(bias, h),
@@ -185,7 +196,7 @@ def _scores_and_products(
     shape = (len(weights_VxD), len(h_PxD))
     zeros_VxP = jnp.zeros_like(weights_VxD, jnp.float32, shape=shape)
     nothing = Scores.of_nothing(h_PxD), zeros_VxP
-    return fold_blocks(add_block, nothing, len(weights_VxD), VOCAB_BLOCK)
+    return fold_blocks(add_block, nothing, len(weights_VxD), options.vocab_block)
 
 
 def _add_gradients(
@@ -220,7 +231,7 @@ def _add_gradients(
         return d_h_PxD, (d_weights_VxD, d_bias_V)
 
     carry = jnp.zeros_like(h_PxD, jnp.float32), d_rows
-    return fold_blocks(add_block, carry, len(weights_VxD), VOCAB_BLOCK)
+    return fold_blocks(add_block, carry, len(weights_VxD), options.vocab_block)
 
 
 def _backward(
