@@ -43,9 +43,8 @@ from vqcx_jax.ops.varying import varying_like
 # The V x D gradient is read and written once for each block, which speaks for large blocks; the
 # memory, V numbers for each position, against them.
 _TOKEN_BLOCK = 128
-_LOGITS_OF_A_BLOCK = (
-    2**27
-)  # On accelerators, 512 MiB of float32, if that is not below 128 positions.
+# On accelerators: so many, 512 MiB of float32, where that is more positions.
+_LOGITS_OF_A_BLOCK = 2**27
 
 _Rows = tuple[jax.Array, jax.Array | None]  # Weights and bias, or the gradients by them.
 _Residuals = tuple[jax.Array, _Rows, jax.Array]
