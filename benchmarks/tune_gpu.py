@@ -5,10 +5,10 @@
 For the forward and the backward pass: a candidate and today's tile are timed in turns, so that a
 drift of the machine hits both; what counts is the median of their ratios. With another backward
 tile both passes are timed, the forward one as it is. Every candidate leaves one line of JSON and is
-not timed again on this kind of GPU, so the command can be stopped at any time and goes on where it
-was: begin a new file when a kernel has changed. Nothing is written into the package: the last line
-of each table is for `gpu_block_sizes.py` (loss) or `block_sizes.py` (turn), once somebody has
-looked at it. For TPUs, which need not be here, there is `benchmarks/tune.py`.
+not timed again on this kind of GPU beside the same tile, so the command can be stopped at any time
+and goes on where it was: begin a new file when a kernel has changed. Nothing is written into the
+package: the last line of each table is for `gpu_block_sizes.py` (loss) or `block_sizes.py` (turn),
+once somebody has looked at it. For TPUs, which need not be here, there is `benchmarks/tune.py`.
 """
 
 import argparse
@@ -140,13 +140,13 @@ def main() -> None:
 
 
 def asked(case: str, part: str, sizes: Sizes) -> Record:
-    """Everything that decides a ratio, but for the kernel's own code and today's sizes."""
-    kind = device.current().kind
+    """Everything that decides a ratio, but for the kernel's own code."""
     return {
         "case": case,
         "part": part,
         "sizes": list(sizes),
-        "kind": kind,
+        "today": CASES[case].today()._asdict(),
+        "kind": device.current().kind,
         "jax": jax.__version__,
     }
 
@@ -180,7 +180,7 @@ def time_beside_today(tuned: Tuned, part: str, sizes: Sizes, repeats: int) -> Re
         return {"why": f"does not compile: {str(error).splitlines()[0]}"}
     measure(rows, repeats)
     times = {name: [1e3 * s for s in row.seconds] for name, row in rows.items()}
-    return {"today": list(today), "ms": times["candidate"], "ms_of_today": times["today"]}
+    return {"ms": times["candidate"], "ms_of_today": times["today"]}
 
 
 def table(case: str, part: str, records: Records) -> list[str]:
@@ -189,11 +189,7 @@ def table(case: str, part: str, records: Records) -> list[str]:
     today = tuple(getattr(tuned.today(), part))
     found = [(s, records.get(key(asked(case, part, s)))) for s in ordered(tuned, part)]
     tried = [(sizes, record) for sizes, record in found if record is not None]
-    timed = sorted(
-        (*ratios, sizes)
-        for sizes, record in tried
-        if (ratios := _ratios(record, today)) is not None
-    )
+    timed = sorted((*_ratios(record), sizes) for sizes, record in tried if "ms" in record)
     lines = [
         f"{case}, {part}, {kind}: {len(tried)} of {len(found)} candidates; "
         f"{', '.join(tuned.blocks.Tile._fields)}: {_name(today)} today"
@@ -211,10 +207,8 @@ def _name(sizes: Sizes) -> str:
     return ", ".join(map(str, sizes))
 
 
-def _ratios(record: Record, today: Sizes) -> tuple[float, float, float] | None:
-    """Median, least and most of time over today's; None: none, or beside another table's."""
-    if "ms" not in record or tuple(record["today"]) != today:
-        return None
+def _ratios(record: Record) -> tuple[float, float, float]:
+    """Median, least and most of time over today's."""
     ratios = [a / b for a, b in zip(record["ms"], record["ms_of_today"], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 

@@ -63,7 +63,6 @@ def test_times_both(tune: Any, hopper: None, kernel: str, part: str) -> None:
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         found = tune.time_beside_today(small, part, other, repeats=2)
         refused = tune.time_beside_today(small, part, unusable, repeats=2)
-    assert found["today"] == list(getattr(small.today(), part))
     assert len(found["ms"]) == len(found["ms_of_today"]) == 2
     assert min(*found["ms"], *found["ms_of_today"]) > 0
     size = {"loss": "tokens=80", "turn": "size=100"}[kernel]
@@ -77,15 +76,13 @@ def test_goes_on_and_ranks(
 
     def timed(tuned: Any, part: str, sizes: Any, repeats: int) -> Any:
         asked.append(sizes)
-        of_today = {"today": [128, 2], "ms_of_today": [2.0] * repeats}
+        of_today = {"ms_of_today": [2.0] * repeats}
         if len(asked) == 1:
             return {"why": "does not compile: too much shared memory"}
         if len(asked) == 2:  # Best by its median, and once slower.
             return {**of_today, "ms": [1.0] * (repeats - 1) + [2.1]}
         if len(asked) == 3:
             return {**of_today, "ms": [1.5] * repeats}
-        if len(asked) == 4:  # Beside another table's tile.
-            return {**of_today, "today": [64, 2], "ms": [0.1] * repeats}
         return {**of_today, "ms": [3.0] * repeats}
 
     monkeypatch.setattr(tune, "time_beside_today", timed)
@@ -104,7 +101,12 @@ def test_goes_on_and_ranks(
     results.write_text("".join(lines[:5]))  # As if it had been stopped.
     tune.main()
     assert asked == candidates + candidates[5:]
-    head, first, second, *_, why, row, _ = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    # Beside another tile all are timed again.
+    others = tune.loss_blocks.BlockSizes(forward=tune.loss_blocks.Tile(*candidates[0]))
+    monkeypatch.setattr(tune.loss_blocks, "block_sizes", lambda kind: others)
+    assert len(list(tune.missing(CASE, "forward", tune.read(results)))) == len(candidates)
+    head, first, second, *_, why, row, _ = printed.splitlines()
     n = len(candidates)
     assert head.startswith(f"{CASE}, forward, NVIDIA H100 80GB HBM3: {n} of {n} candidates")
     assert first.endswith("0.500 [0.500 - 1.050] of today's time")
