@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from candidates import Sizes, nearest_first
 from records import Record, Records, append, key, read
 from timing import Step, compile_step, measure
 
@@ -34,7 +35,6 @@ from vqcx_jax.ops.euler_turn import block_sizes as turn_blocks
 from vqcx_jax.ops.euler_turn import mosaic_gpu as turn_kernel
 
 PARTS = ("forward", "backward")
-Sizes = tuple[int, ...]  # Of a tile.
 
 
 class Tuned(NamedTuple):
@@ -154,12 +154,7 @@ def asked(case: str, part: str, sizes: Sizes) -> Record:
 def ordered(tuned: Tuned, part: str) -> list[Sizes]:
     """Candidates but for today's, those first that differ least from it."""
     today = tuple(getattr(tuned.today(), part))
-
-    def distance(sizes: Sizes) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(sizes, today, strict=True))
-
-    others = (sizes for sizes in tuned.candidates if sizes != today)
-    return sorted(others, key=lambda sizes: (distance(sizes), sizes))
+    return nearest_first((sizes for sizes in tuned.candidates if sizes != today), today)
 
 
 def missing(case: str, part: str, records: Records) -> Iterator[Sizes]:
@@ -177,7 +172,8 @@ def time_beside_today(tuned: Tuned, part: str, sizes: Sizes, repeats: int) -> Re
             for name, tile in (("candidate", sizes), ("today", today))
         }
     except (UserError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return {"why": f"does not compile: {str(error).splitlines()[0]}"}
+        first_line, _, _ = str(error).partition("\n")
+        return {"why": f"does not compile: {first_line}"}
     measure(rows, repeats)
     times = {name: [1e3 * s for s in row.seconds] for name, row in rows.items()}
     return {"ms": times["candidate"], "ms_of_today": times["today"]}

@@ -2,14 +2,13 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from candidates import Sizes, nearest_first
 from schedules import cases
 
 PARTS = ("forward", "backward")
-Sizes = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +32,8 @@ class Tuned:
     def candidates(self, chip: str, part: str) -> list[Sizes]:
         """Today's sizes and those that fit, in the order of how far they are from today's."""
         today = self.today(chip, part)
-
-        def distance(sizes: Sizes) -> float:
-            return sum(abs(math.log2(a / b)) for a, b in zip(sizes, today, strict=True))
-
         fitting = [s for s in itertools.product(*self.choices) if self.fits(part, s)]
-        return sorted({today, *fitting}, key=lambda sizes: (distance(sizes), sizes))
+        return nearest_first({today, *fitting}, today)
 
 
 def _streamed(product_dtype: str) -> Tuned:

@@ -80,8 +80,12 @@ def test_float32(case: Case, hopper: None, in_float64: Any, max_error: Any) -> N
 
 
 @newest_jax
-def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
+def test_other_tiles(
+    hopper: None, in_float64: Any, max_error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks of three small tiles, and of one large tile in the backward pass."""
+    used, plan = [], mosaic_gpu._plan
+    monkeypatch.setattr(mosaic_gpu, "_plan", lambda *a: used.append(plan(*a)) or used[-1])
     args, cotangents = make(CASES["grouped"], jnp.float32)
     formula = functools.partial(values_and_gradients, attention.complex_queries_and_keys)
     expected = in_float64(formula, args, cotangents)
@@ -91,6 +95,8 @@ def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
     actual = jax.tree.map(np.asarray, values_and_gradients(other, args, cotangents))
     for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert max_error(a, e) <= 1e-5
+    # Of 32 planes; queries and keys.
+    assert [(p.rows, p.steps) for p in used] == [(16, 3)] * 2 + [(128, 1)] * 2
 
 
 @newest_jax

@@ -74,8 +74,12 @@ def test_equals_the_definition(case: Case, hopper: None, in_float64: Any, max_er
 
 
 @newest_jax
-def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
-    """Of which neither is a multiple of the other, three at a time; ragged parts."""
+def test_other_tiles(
+    hopper: None, in_float64: Any, max_error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass has its own, of which neither is a multiple of the other."""
+    used, tiles = [], mosaic_gpu._tiles
+    monkeypatch.setattr(mosaic_gpu, "_tiles", lambda *a: used.append(tiles(*a)) or used[-1])
     args = make(CASES["several_blocks"])
     other = functools.partial(
         mosaic_gpu.log_z, product_dtype="bfloat16", blocks=BlockSizes(Tile(128, 3), Tile(192, 2))
@@ -86,6 +90,7 @@ def test_other_tiles(hopper: None, in_float64: Any, max_error: Any) -> None:
     for actual, true in zip(gradients[0], expected[1][0], strict=True):
         assert max_error(actual, true) <= 2.0**-8
     assert max_error(gradients[1], expected[1][1]) <= 1e-5
+    assert [(tile.size, tile.stages) for tile in used] == [(128, 3), (192, 2)]
 
 
 @newest_jax

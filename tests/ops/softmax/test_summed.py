@@ -241,7 +241,7 @@ def test_whole_rows_on_accelerators(
 
 @pytest.mark.parametrize(
     ("vocab_size", "is_cpu", "num_blocks"),
-    # 8192 positions of 128,256 tokens: 1024 on accelerators. Of 2 million: 128, more than asked.
+    # 8192 positions of 128,256 tokens: 1024 on accelerators. Of 2 million: 128, the least.
     [(128_256, True, 64), (128_256, False, 8), (2_000_000, False, 64), (300, False, 1)],
 )
 def test_positions_of_a_block(

@@ -81,7 +81,8 @@ _TABLE = {
     "TPU v6 lite": BlockSizes(block_q=2048, block_kv=2048, block_kv_backward=2048),
 }
 
-# Smaller tiles leave out more of what other documents' tokens would be. On v6e they cost as much.
+# Smaller tiles leave out more of what other documents' tokens would be. On v6e they cost as
+# much as they save.
 _V5P_PACKED = BlockSizes(
     block_q=512, block_kv=512, block_q_backward=512, block_kv_backward=512, sub_kv_backward=128
 )

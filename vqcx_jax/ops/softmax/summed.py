@@ -7,7 +7,7 @@ has four products, because the cotangents of single losses are not known before.
 
 Logits of a block of P positions are held, (V, P); on CPUs everything else is done on C of their
 rows at a time (see `blocks`), so that it stays in cache. On others all rows are one block, and P is
-larger: a step of a loop costs more there than a pass over its logits.
+larger: in blocks for CPUs an H100 took 20 times as long as `full` (docs/output_layer.md).
 
 Dtypes. As in `streamed`, except that d loss / d weights is summed over blocks too: in float32, one
 more array of V D where the operands are bfloat16, and rounded once.
@@ -96,10 +96,9 @@ def summed_nll(
         UserError: token_block is not positive, bias is not (V,), targets or counts are not one for
             each h; where they are known, targets out of range.
     """
-    is_cpu = device.current().platform == "cpu"
+    positions, vocab_block = _block_sizes(len(weights))
     if token_block is None:
-        most = 0 if is_cpu else _LOGITS_OF_A_BLOCK // max(len(weights), 1)
-        token_block = max(_TOKEN_BLOCK, most // _TOKEN_BLOCK * _TOKEN_BLOCK)
+        token_block = positions
     if token_block < 1:
         raise UserError(f"token_block is {token_block}; it must be a positive integer")
     check_per_token("bias", bias, weights.shape[0])
@@ -109,7 +108,7 @@ def summed_nll(
     if vocab_axes:
         h = varying_like(h, weights)
     loss, nll = _sums(
-        _Options(cap, token_block, VOCAB_BLOCK if is_cpu else len(weights), vocab_axes, h.dtype),
+        _Options(cap, token_block, vocab_block, vocab_axes, h.dtype),
         h.reshape(-1, h.shape[-1]),
         varying_like(weights, h),
         None if bias is None else varying_like(bias, h),
@@ -118,6 +117,14 @@ def summed_nll(
         varying_like(jnp.asarray(z_loss, jnp.float32), targets),
     )
     return loss, jax.lax.stop_gradient(nll)
+
+
+def _block_sizes(vocab_size: int) -> tuple[int, int]:
+    """Positions and rows of a block, on the device that the program is for."""
+    if device.current().platform == "cpu":
+        return _TOKEN_BLOCK, VOCAB_BLOCK
+    positions = _LOGITS_OF_A_BLOCK // max(vocab_size, 1) // _TOKEN_BLOCK * _TOKEN_BLOCK
+    return max(positions, _TOKEN_BLOCK), vocab_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
