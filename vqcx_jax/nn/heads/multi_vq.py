@@ -15,7 +15,7 @@ from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
 from vqcx_jax.ops.checks import check_per_token, check_shape
 from vqcx_jax.ops.codebook import check_codes, loss, multi
-from vqcx_jax.ops.codebook import sampling as codebook_sampling
+from vqcx_jax.ops.codebook.cell_sampling import cell_sampler
 from vqcx_jax.ops.codebook.checks import check_own_tokens
 from vqcx_jax.ops.codebook.multi import Form
 from vqcx_jax.ops.soft_cap import check_cap
@@ -236,7 +236,7 @@ class MultiVQHead(Head):
             return super().sampler(temperature=temperature, top_p=top_p)
         bias = arrays.get("bias", jnp.zeros((self.vocab_size,), jnp.float32))
         num_codebooks, num_codes, _ = self.codebooks.shape
-        draw = codebook_sampling.cell_sampler(
+        draw = cell_sampler(
             arrays["assignment"],
             (num_codes,) * num_codebooks,
             bias,

@@ -160,11 +160,11 @@ def _draw(
     def draw(state: State) -> State:
         draws, tokens_N, found_N, bound_NxE = state
         keys = jax.random.split(jax.random.fold_in(key, draws), 3)
-        entry_N = jax.random.categorical(keys[0], bound_NxE)
+        entry_N = sampling.draw(bound_NxE, keys[0])
         is_frequent_N, class_N = entry_N < frequent, jnp.maximum(entry_N - frequent, 0)
         z_NxR = logits_of_classes(level.tables, weights, classes, class_N[:, None])[:, 0]
         log_p_NxR = jnp.minimum(jax.nn.log_softmax(z_NxR), 0.0)
-        member_N = jax.random.categorical(keys[1], power * log_p_NxR)
+        member_N = sampling.draw(power * log_p_NxR, keys[1])
         summed_N = jax.nn.logsumexp(power * log_p_NxR, axis=1)
         bound_N = _pick(bound_NxE, entry_N)
         weight_N = jnp.minimum(_pick(log_weight_NxE, entry_N) + summed_N, bound_N)

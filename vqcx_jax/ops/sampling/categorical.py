@@ -6,6 +6,7 @@ import numpy as np
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.checks import are_known
+from vqcx_jax.ops.sampling.draw import draw
 from vqcx_jax.ops.sampling.nucleus import nucleus
 
 
@@ -44,10 +45,10 @@ def sample(
     temperature = jnp.asarray(temperature, jnp.float32)
     # Relative to the maximum: a tiny temperature then gives 0 and -inf, and never inf - inf.
     relative = logits - jnp.max(logits, axis=-1, keepdims=True)
-    tempered = relative / jnp.where(temperature > 0, temperature, 1.0)
+    tempered = relative / divisor(temperature)
     if top_p is not None:
         tempered = nucleus(tempered, top_p)
-    drawn = jax.random.categorical(key, tempered)
+    drawn = draw(tempered, key)
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
@@ -106,6 +107,11 @@ def first_of_sorted(z: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, ja
     z, ids = (jnp.take_along_axis(x, chosen, axis=-1) for x in (z, ids))
     negative_z, ids = jax.lax.sort((-z, ids), num_keys=2)
     return -negative_z, ids
+
+
+def divisor(temperature: jax.Array) -> jax.Array:
+    """What logits are divided by: the temperature, or 1 where it is 0."""
+    return jnp.where(temperature > 0, temperature, 1.0)
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
