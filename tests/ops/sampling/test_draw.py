@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import scipy.special
 from drawn import assert_drawn_from
+from versions import oldest_jax
 
 from vqcx_jax.ops import device, sampling
+
+pytestmark = oldest_jax
 
 draw = jax.jit(sampling.draw)
 
