@@ -10,6 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
+from vqcx_jax import sharding
+from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import LearnedVQHead, MultiVQHead
@@ -96,15 +98,49 @@ def test_noise_is_new_for_every_batch_and_gone_in_evaluation(h: jax.Array) -> No
     head = make_head()
     head.scores[...] = jnp.zeros((V, M, C))
 
-    def spread(h: jax.Array) -> Any:
-        """The loss of one row in batches that differ elsewhere."""
-        others = (h.at[1:].set(h[1:] + i) for i in range(5))
-        return np.std([head.nll(x, TARGETS)[0][0, 0] for x in others])
+    def spread() -> Any:
+        """The loss of one row in batches that differ elsewhere, in one token or in their order."""
+        others = [TARGETS, *(TARGETS.at[1, 2].set(i) for i in range(3)), TARGETS.at[1:].set(5)]
+        others.append(TARGETS.at[1:].set(TARGETS[1:][::-1]))
+        return np.std([head.nll(h, x)[0][0, 0] for x in others])
 
-    assert spread(h) > 0.01
+    assert spread() > 0.01
     np.testing.assert_array_equal(head.nll(h, TARGETS)[0], head.nll(h, TARGETS)[0])
     head.eval()
-    assert spread(h) < 1e-6
+    assert spread() < 1e-6
+
+
+def test_noise_is_new_for_every_step() -> None:
+    """Of the same batch, as soon as any score has changed by a rounding."""
+    scores = jnp.zeros((V, M, C)) + 1
+    other = scores.at[3, 1, 2].set(jnp.nextafter(jnp.float32(1), jnp.float32(2)))
+    keys = [straight_through.noise_key(TARGETS, x) for x in (scores, other)]
+    assert jax.random.bits(keys[0]) != jax.random.bits(keys[1])
+
+
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
+    """With the noise of one device, though activations are summed in another order."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    head, rules = make_head(own_tokens=jnp.asarray([3, 4])), ShardingRules()
+    head.scores[...] = jnp.zeros((V, M, C))
+    graphdef, params, buffers = functional.split(head)
+
+    @jax.jit
+    def loss_and_gradients(params: Any, buffers: Any, h: jax.Array, targets: jax.Array) -> Any:
+        def loss(params: Any, h: jax.Array) -> jax.Array:
+            head = nnx.merge(graphdef, params, buffers)
+            return head.summed_nll(h, targets, jnp.ones_like(targets, bool))[0]
+
+        return jax.value_and_grad(loss, (0, 1))(params, h)
+
+    expected = loss_and_gradients(params, buffers, h, TARGETS)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((params, buffers), functional.shardings(head, mesh, rules))
+        axes = (("batch", None, None), ("batch", None))
+        of_batch = tuple(sharding.named_sharding(mesh, x, rules) for x in axes)
+        actual = loss_and_gradients(*arrays, *jax.device_put((h, TARGETS), of_batch))
+    chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gumbel", [True, False])
@@ -126,16 +162,15 @@ def test_it_finds_the_codes_that_made_the_text(gumbel: bool) -> None:
     optimizer = optax.adam(0.1)
 
     @jax.jit
-    def step(scores: jax.Array, state: Any, shift: jax.Array) -> Any:
-        # A shift in a direction that no logit sees changes the noise and nothing else.
-        gradient = jax.grad(loss)(scores, h + shift * 1e-6)
+    def step(scores: jax.Array, state: Any) -> Any:
+        gradient = jax.grad(loss)(scores, h)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(scores, updates), state
 
     scores = params["scores"]
     before, state = loss(scores, h), optimizer.init(scores)
-    for i in range(150):
-        scores, state = step(scores, state, jnp.float32(i))
+    for _ in range(150):
+        scores, state = step(scores, state)
     teacher.eval()
     floor = jnp.mean(teacher.nll(h, targets)[0])
     head.scores[...] = scores

@@ -29,7 +29,8 @@ class LearnedVQHead(MultiVQHead):
     Args:
         num_candidates: C.
         gumbel: draw codes while training, and not only for the gradient's sake. The noise is made
-            from the hidden states, so that it is new in each step and the same after a restart.
+            from labels and scores, so that it is new in each step, and the same after a restart and
+            on every mesh.
         options: of `MultiVQHead`, without soft-cap and `expand_vectors`.
 
     Raises:
@@ -69,8 +70,7 @@ class LearnedVQHead(MultiVQHead):
         """See `Head.token_nll`. Of codes that are drawn, if `gumbel`, until `model.eval()`."""
         key = None
         if self.gumbel and not self.deterministic:
-            bits = jax.lax.bitcast_convert_type(jnp.sum(h_BxTxD, dtype=jnp.float32), jnp.uint32)
-            key = jax.random.fold_in(jax.random.key(0), bits)
+            key = straight_through.noise_key(tokens_BxT, self.scores[...])
 
         def nll(
             h_BxTxD: jax.Array, tokens_BxT: jax.Array, key: jax.Array | None, arrays: Any

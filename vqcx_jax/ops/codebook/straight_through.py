@@ -63,3 +63,22 @@ def chosen(candidates: jax.Array, scores: jax.Array) -> jax.Array:
     """The codes of the highest scores: int (...), of candidates int (..., C) and scores."""
     best = jnp.argmax(scores, axis=-1)
     return jnp.take_along_axis(candidates, best[..., None], axis=-1)[..., 0]
+
+
+def noise_key(tokens: jax.Array, scores: jax.Array) -> jax.Array:
+    """A PRNG key that is another one for other tokens and for other scores.
+
+    It is the same on every mesh: sums of integers do not depend on their order, as those of
+    hidden states do.
+
+    Args:
+        tokens: int (...). scores: float32 (...).
+
+    Returns:
+        a typed PRNG key.
+    """
+    place = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+    of_tokens = jnp.sum((tokens.astype(jnp.uint32) + 1) * (2 * place + 1), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(scores), jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(0), of_tokens)
+    return jax.random.fold_in(key, jnp.sum(bits, dtype=jnp.uint32))
