@@ -16,21 +16,19 @@ from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import ClassVQHead
-from vqcx_jax.ops import sampling
+from vqcx_jax.ops import device, sampling
 from vqcx_jax.ops.codebook import classes
 
-V, C, M, K, D = 24, 4, 2, 5, 8
+V, C, M, K, D = 24, 4, 2, 6, 8
 # Five tokens are frequent; the others are in four classes.
 CLASS_OF = np.random.default_rng(0).permutation(np.append(np.full(5, -1), np.arange(19) % C))
 CODES = jnp.asarray(np.random.default_rng(1).integers(K, size=(V + C, M)), jnp.int32)
 
 
-def make_head(
-    token_bias: bool = True, token_scale: bool = True, rules: ShardingRules | None = None
-) -> Any:
-    options = {"token_bias": token_bias, "token_scale": token_scale}
+def make_head(token_bias: bool = True, token_scale: bool = True, **options: Any) -> Any:
+    options |= {"token_bias": token_bias, "token_scale": token_scale}
     tokens = classes.arrange(CLASS_OF, C)
-    head = ClassVQHead(tokens, CODES, K, D, rules=rules, rngs=nnx.Rngs(0), **options)
+    head = ClassVQHead(tokens, CODES, K, D, rngs=nnx.Rngs(0), **options)
     graphdef, params, buffers = functional.split(head)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
@@ -71,13 +69,18 @@ def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
     chex.assert_trees_all_close(embedded.reshape(V, D), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 2.0}, {"top_k": 4}, {"temperature": 2.0, "top_p": 0.4}],
     ids=str,
 )
-def test_samples(options: dict[str, Any], h: jax.Array) -> None:
-    head, row = make_head(), h[:1, :1]
+def test_samples(
+    options: dict[str, Any], platform: str, h: jax.Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what samples on accelerators as well, which looks at all classes at once."""
+    monkeypatch.setattr(device, "current", lambda: device.Device(platform, ""))
+    head, row = make_head(implementation="xla"), h[:1, :1]
     rows = jnp.broadcast_to(row, (20, 500, D))
     tokens = jax.jit(lambda head: head.sample(rows, jax.random.key(0), **options))(head)
     p = scipy.special.softmax(np.float64(head.logits(row)[0, 0]) / options.get("temperature", 1))
@@ -92,17 +95,25 @@ def test_no_tokens_to_choose_from_are_refused(h: jax.Array) -> None:
         make_head().sample(h, jax.random.key(0), top_k=0)
 
 
+@pytest.mark.parametrize("codes", [(), ("tensor",)], ids=str)
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
-def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
+def test_losses_and_gradients_on_a_mesh(
+    axis_type: str, codes: tuple[str, ...], h: jax.Array
+) -> None:
+    """Codes may be stored in parts: every device computes with all of them."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
-    head, targets, rules = make_head(), jnp.arange(24).reshape(4, 6), ShardingRules()
+    targets, rules = jnp.arange(24).reshape(4, 6), ShardingRules(codes=codes)
+    head = make_head(rules=rules)
     graphdef, params, buffers = functional.split(head)
 
     @jax.jit
     def loss_and_gradients(params: Any, buffers: Any, h: jax.Array, targets: jax.Array) -> Any:
         def loss(params: Any, h: jax.Array) -> jax.Array:
             head = nnx.merge(graphdef, params, buffers)
-            return jnp.sum(head.nll(h + head.embed(targets), targets)[0])  # Tied.
+            tied = h + head.embed(targets)
+            nll = jnp.sum(head.nll(tied, targets)[0])
+            log_p = head.log_probs(tied, jnp.stack([targets, 23 - targets], axis=-1))
+            return 2 * nll + jnp.sum(head.summed_nll(tied, targets, targets > 3)[0]) - log_p.sum()
 
         return jax.value_and_grad(loss, (0, 1))(params, h)
 

@@ -30,6 +30,7 @@ from vqcx_jax.nn import (
     VQHead,
     functional,
 )
+from vqcx_jax.nn.heads import LearnedVQHead
 from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import huffman_paths
 from vqcx_jax.ops.labels import IGNORE_ID
@@ -42,6 +43,8 @@ CAP = 1.5  # Products reach 4 and more.
 CAPPED = ("vq", "full", "streamed", "low_rank")
 NORMALIZED = ("adaptive", "two_level", "huffman", "class_vq")
 KINDS = CAPPED + NORMALIZED
+# Of several codebooks. More of them is tested in test_multi_vq.py and test_learned_vq.py.
+SEVERAL = ("two_codebooks", "own_and_product", "learned")
 WITH_EVERY_JAX = ("vq", "class_vq", "full")
 KINDS_AND_CAPS = [(kind, None) for kind in KINDS] + [(kind, CAP) for kind in CAPPED]
 
@@ -82,7 +85,20 @@ def new_head(
             codes %= 5
             options |= {"token_bias": token_bias, "token_scale": True, "dtype": dtype}
             return ClassVQHead(tokens, codes, 5, 8, **options)
+        case "two_codebooks":
+            return MultiVQHead(codes_of(vocab_size, 2), 5, 8, **options)
+        case "own_and_product":
+            options |= {"form": "product", "own_tokens": jnp.asarray([1, 6]), "token_scale": True}
+            return MultiVQHead(codes_of(vocab_size, 4), 5, 8, **options)
+        case "learned":
+            options |= {"form": "product", "num_candidates": 3}
+            return LearnedVQHead(codes_of(vocab_size, 4), 5, 8, **options)
     raise ValueError(kind)
+
+
+def codes_of(vocab_size: int, num_codebooks: int) -> jax.Array:
+    token, codebook = jnp.arange(vocab_size)[:, None], jnp.arange(num_codebooks)
+    return (jnp.resize(ASSIGNMENT, vocab_size)[:, None] + token * codebook) % 5
 
 
 def with_cap(kind: str, cap: float | None) -> dict[str, Any]:
@@ -178,7 +194,7 @@ def test_top_k_is_that_of_the_logits(
 
 
 @pytest.mark.parametrize("k", [0, 12])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SEVERAL)
 def test_top_k_out_of_range(kind: str, k: int, h: jax.Array) -> None:
     with pytest.raises(UserError, match=f"top_k={k}: must be in 1 .. 11"):
         make_head(kind, token_bias=True).top_k(h, k)
@@ -330,7 +346,7 @@ def test_ignored_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 11])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SEVERAL)
 def test_invalid_labels(kind: str, label: int, h: jax.Array, targets: jax.Array) -> None:
     """An error at once; NaN under jit; an error again under checkify."""
     head = make_head(kind, token_bias=True)
@@ -379,7 +395,7 @@ def test_summed_nll(kind: str, h: jax.Array, targets: jax.Array) -> None:
     chex.assert_trees_all_close(d_h, expected_h, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SEVERAL)
 def test_summed_nll_of_invalid_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
     """As `nll`: an error at once, NaN under jit, nothing where no token is."""
     head = make_head(kind, token_bias=True)
@@ -404,10 +420,13 @@ def test_nll_of_summed_nll_has_no_gradient(kind: str, h: jax.Array, targets: jax
     assert not np.any(nll(h))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SEVERAL)
 def test_nan_hidden_states_are_nan_losses(kind: str, h: jax.Array, targets: jax.Array) -> None:
-    (nll, _), _ = nll_and_gradient(make_head(kind, True), h.at[1, 2, 0].set(jnp.nan), targets)
+    head, h = make_head(kind, True), h.at[1, 2, 0].set(jnp.nan)
+    (nll, _), _ = nll_and_gradient(head, h, targets)
     np.testing.assert_array_equal(np.isnan(nll), np.arange(10).reshape(2, 5) == 7)
+    sums, _ = sums_and_gradient(head, h, targets, jnp.ones((2, 5), bool))
+    assert all(np.isnan(x) for x in sums)
 
 
 def test_tokens_in_order_of_frequency() -> None:
@@ -464,9 +483,10 @@ def test_codes_to_start_from() -> None:
     chex.assert_trees_all_equal(head.codes[...], codes)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + SEVERAL)
 def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     head = make_head(kind, True)
+    head.eval()
     tokens = jnp.arange(h.shape[0] * h.shape[1] * 3).reshape(*h.shape[:2], 3) % 11
     log_p = scipy.special.log_softmax(np.float64(head.logits(h)), axis=-1)
     expected = np.take_along_axis(log_p, np.asarray(tokens), axis=-1)

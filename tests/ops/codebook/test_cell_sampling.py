@@ -196,3 +196,16 @@ def test_only_own_tokens_can_be() -> None:
     tokens = draw_from_cells(cells, 10_000, 1.0)
     probabilities = scipy.special.softmax(np.float64(cells.logits()))
     assert_drawn_from(np.bincount(tokens, minlength=1009), probabilities)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_is_some_token(temperature: float) -> None:
+    """And other positions have theirs."""
+    cells = make_cells((20, 37), own=20)
+    rows = repeat(cells, 100)
+    l1, l2 = rows.code_logits
+    rows = rows._replace(code_logits=(l1.at[0, 3].set(jnp.nan), l2))
+    tokens = cell_draws(rows, temperature, jax.random.key(0))
+    assert 0 <= tokens[0] < 1009
+    expected = cell_draws(repeat(cells, 100), temperature, jax.random.key(0))
+    assert np.mean(tokens[1:] == expected[1:]) > 0.95

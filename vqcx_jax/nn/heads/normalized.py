@@ -19,7 +19,7 @@ from vqcx_jax.sharding import constrain, per_device
 class NormalizedHead(Head):
     """An output layer whose logits are log-probabilities, so that log Z is 0 by construction.
 
-    Every device computes the positions it has with all of the weights.
+    Every device computes the positions it has with all of the weights. A `z_loss` adds nothing.
     """
 
     @abc.abstractmethod

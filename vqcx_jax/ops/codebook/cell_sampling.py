@@ -4,8 +4,9 @@ Tokens of a cell, those that share all codes, take the place of those of a code 
 cell is drawn by its row, the first code, and then its column, and then a token of the cell. At a
 temperature T, with l1 and l2 the code logits and B_ij the summed exp(bias / T) of a cell's tokens,
     p(row i) ~ exp(l1_i / T) sum_j B_ij exp(l2_j / T),    p(column j | i) ~ B_ij exp(l2_j / T).
-All sums over j are one product with a matrix that stays while decoding. Where that underflows (see
-`bilinear`), as it does at low temperatures, each cell has an exponential of its own.
+All sums over j are one product with a matrix that stays while decoding. Where that underflows at
+any position (see `bilinear`), as at low temperatures, all get an exponential for each of their
+cells, I J numbers a position.
 """
 
 from collections.abc import Callable

@@ -20,15 +20,15 @@ _ONE_BLOCK = 64
 def draw(logits: jax.Array, key: jax.Array) -> jax.Array:
     """Draws an id from softmax(logits), on CPUs without a random number for each id.
 
-    Probabilities are exact up to float32: those of blocks, and of ids within one, come in steps of
-    2^-23. One that underflows beside the largest is never drawn.
+    On CPUs the probabilities of blocks, and those of ids within one, are whole steps of 2^-23, as
+    their random numbers are; an id that underflows beside the largest is never drawn.
 
     Args:
         logits: float32 (..., V), of which some may be -inf.
         key: a typed PRNG key. Rows are independent.
 
     Returns:
-        int32 (...). 0 where logits are NaN.
+        int32 (...). Some id in [0, V) where logits are NaN.
     """
     if device.current().platform != "cpu":
         return jax.random.categorical(key, logits).astype(jnp.int32)
