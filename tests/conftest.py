@@ -86,3 +86,16 @@ def max_error() -> Callable[[Any, np.ndarray], float]:
         return float(np.max(difference) / np.max(np.abs(expected)))
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def assert_as_good_as(max_error: Any) -> Callable[[Any, Any, Any], None]:
+    """assert_as_good_as(plain, actual, true): no leaf has more than twice the plain one's error."""
+
+    def check(plain: Any, actual: Any, true: Any) -> None:
+        leaves = (jax.tree.leaves(x) for x in (plain, actual, true))
+        for of_plain, of_actual, of_true in zip(*leaves, strict=True):
+            limit = 1e-5 + 2 * max_error(of_plain, of_true)
+            assert max_error(of_actual, of_true) <= limit
+
+    return check
