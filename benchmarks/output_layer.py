@@ -3,6 +3,7 @@
 Training: forward + backward of the mean loss, by the hidden states and all parameters. As
 in a training loop, calls follow each other without a pause and only the last one is waited for: as
 many as fill 0.2 s, a number found in a warm-up. A time is that of all of them over their number.
+V logits (--logits): those of all positions, for whoever asks for them; timed like training.
 Decoding: one sequence, in a loop within one program, as in `vqcx_jax.evaluation`. A step is from a
 hidden state to a sampled token, which picks the next hidden state of 256, so that no step can begin
 before the one before it ends. Its time is that of a long loop less that of a short one, over the
@@ -72,6 +73,14 @@ def two_codebooks(sizes: Sizes) -> heads.Head:
     return heads.MultiVQHead(assignment, side, sizes.dim, **common(sizes))
 
 
+def own_and_two_codebooks(sizes: Sizes) -> heads.Head:
+    """K vectors in all, as in benchmarks/campaigns/heads.py: half of them for tokens alone."""
+    half, quarter = sizes.codes // 2, sizes.codes // 4
+    assignment = np.random.default_rng(0).integers(quarter, size=(sizes.vocab, 2))
+    options = {"own_tokens": jnp.arange(half), **common(sizes)}
+    return heads.MultiVQHead(assignment, quarter, sizes.dim, **options)
+
+
 def product_16(sizes: Sizes, expand: bool) -> heads.Head:
     codes = min(256, sizes.vocab)
     assignment = np.random.default_rng(0).integers(codes, size=(sizes.vocab, 16))
@@ -123,6 +132,7 @@ HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
     "VQ M=1, no bias": (lambda s: vq(s, token_bias=False), False),
     "VQ M=1": (lambda s: vq(s, token_bias=True), False),
     "VQ M=2, sqrt(V) codes each": (two_codebooks, False),
+    "VQ M=2 and own vectors, K in all": (own_and_two_codebooks, False),
     "VQ product M=16 in classes": (lambda s: product_in_classes(s, 16, 256), False),
     "VQ product M=64 in classes": (lambda s: product_in_classes(s, 64, 64), False),
     "VQ product M=16, vectors": (lambda s: product_16(s, expand=True), True),
@@ -132,6 +142,7 @@ DECODERS = (
     "full (plain jax)",
     "VQ M=1",
     "VQ M=2, sqrt(V) codes each",
+    "VQ M=2 and own vectors, K in all",
     "VQ product M=16 in classes",
     "VQ product M=64 in classes",
 )
@@ -236,6 +247,15 @@ def training_step(head: heads.Head, h: Any, targets: np.ndarray) -> Step:
     return compile_step(step, params, h[None], buffers, targets[None])
 
 
+def logits_step(head: heads.Head, h: Any) -> Step:
+    graphdef, params, buffers = functional.split(head)
+
+    def logits(params: Any, h_BxTxD: jax.Array, buffers: Any) -> jax.Array:
+        return nnx.merge(graphdef, params, buffers).logits(h_BxTxD)
+
+    return compile_step(logits, params, h[None], buffers)
+
+
 def peer_step(nll: Callable[..., jax.Array], *args: Any) -> Step:
     return compile_step(jax.value_and_grad(lambda *x: jnp.mean(nll(*x)), (0, 1)), *args)
 
@@ -307,6 +327,11 @@ def print_table(title: str, last: str, rows: Mapping[str, tuple[list[float], str
         )
 
 
+def print_steps(title: str, rows: dict[str, Step]) -> None:
+    megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
+    print_table(title, "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
+
+
 def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
     rng = np.random.default_rng(2)
     h = rng.standard_normal((sizes.tokens, sizes.dim), np.float32)
@@ -327,8 +352,11 @@ def measure_sizes(sizes: Sizes, args: argparse.Namespace) -> dict[str, Step]:
             rows |= torch_steps(h, targets, sizes)
     measure(rows, args.repeats)
     print(f"\n{sizes}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    megabytes = {n: f"{r.temporary / 1e6:.2f}" if r.temporary else "" for n, r in rows.items()}
-    print_table("training step", "temporary MB", {n: (rows[n].seconds, megabytes[n]) for n in rows})
+    print_steps("training step", rows)
+    if args.logits:
+        of_logits = {n: logits_step(made[n], h_in_dtype) for n in DECODERS if n in made and fits}
+        measure(of_logits, args.repeats)
+        print_steps("V logits", of_logits)
     loops = {n: decoding_loop(made[n], sizes, args) for n in DECODERS if n in made}
     decoding = measure_decoding(loops, args.repeats)
     once = {name: f"{1e3 * statistics.median(row.once):.3g}" for name, row in decoding.items()}
@@ -370,6 +398,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--max_gb", type=float, default=8.0)
     parser.add_argument("--rows", nargs="+", choices=[*HEADS], default=[*HEADS], metavar="NAME")
+    parser.add_argument("--logits", action="store_true", help="time V logits of the batch, too")
     parser.add_argument("--plot", type=Path, help="needs matplotlib")
     installed = [peer for peer, module in MODULES.items() if find_spec(module)]
     parser.add_argument("--peers", nargs="*", choices=installed, help="in float32")

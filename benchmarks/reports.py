@@ -84,9 +84,10 @@ def heads(rows: Sequence[Chosen], baseline: str, plot: Path | None) -> None:
     """Perplexity against the size of the output layer."""
     base = next((row for row in rows if row.name == baseline), None)
     print(
-        "| head | vectors / V D | with scalars | bytes | lr | seeds | perplexity | ratio | step |"
+        "| head | vectors / V D | with scalars | bits a token | bytes | lr | seeds | perplexity "
+        "| ratio | step |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         run = row.first
         full = run["vocab_size"] * run["embed_dim"]
@@ -94,7 +95,8 @@ def heads(rows: Sequence[Chosen], baseline: str, plot: Path | None) -> None:
         size = (2 * trained + run["code_bits"] / 8) / (2 * full)
         step = row.median("seconds_per_step")
         print(
-            f"| {row.name} | {run['head_vectors'] / full:.2%} | {trained / full:.2%} | {size:.1%} "
+            f"| {row.name} | {run['head_vectors'] / full:.2%} | {trained / full:.2%} "
+            f"| {run['code_bits'] / run['vocab_size']:.0f} | {size:.1%} "
             f"| {row.learning_rate:g} | {len(row.losses)} | {mean(row.perplexities, 1)} "
             f"| {mean(map(math.exp, paired(row, base)), 3)} "
             f"| {step / base.median('seconds_per_step') if base else math.nan:.2f} |"
