@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--baseline", help="report differences to this variant")
     parser.add_argument("--plot", type=Path, help="an SVG of the report (needs matplotlib)")
     args = parser.parse_args()
-    campaign = _load(args.campaign, args.data)
+    campaign = load(args.campaign, args.data)
     if args.only:
         chosen = {name: campaign.variants[name] for name in args.only}
         campaign = dataclasses.replace(campaign, variants=chosen)
@@ -157,7 +157,7 @@ def _run_all(campaign: Campaign, path: Path, work: Path, jobs: int, deadline: fl
             for run in [run for run in ready if run not in begun]:
                 if free and time.monotonic() < deadline:
                     directory = free.pop()
-                    future = pool.submit(_train, campaign, run, work, directory)
+                    future = pool.submit(train, campaign, run, work, directory)
                     running[future] = run, directory
             if not running:
                 break
@@ -179,7 +179,8 @@ def _run_all(campaign: Campaign, path: Path, work: Path, jobs: int, deadline: fl
         sys.exit(f"{len(failed)} of the runs failed, see above")
 
 
-def _load(path: Path, data: Path) -> Campaign:
+def load(path: Path, data: Path) -> Campaign:
+    """The campaign that a file describes."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -253,7 +254,8 @@ class FailedError(Exception):
     """A run has no result; the message says where to look."""
 
 
-def _train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, Any]:
+def train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, Any]:
+    """Runs train.py in `workdir`, which is made anew: what came out, sizes and times."""
     variant = campaign.variants[run.variant]
     overrides = {
         "data.cache_dir": work / "cache",

@@ -124,7 +124,7 @@ def test_report(
     assert full.startswith("| full | 100.00% | 110.00% | 110.0% | 1 | 3 |")
     assert full.endswith("| 1.000 ± 0.000 | 1.00 |")
     # (2 (100 + 1000) + 1000 bytes of codes) / 20,000; every seed has exp(0.1) times the perplexity.
-    assert vq.startswith("| vq | 1.00% | 11.00% | 16.0% | 1 | 3 |")
+    assert vq.startswith("| vq | 1.00% | 11.00% | 8 | 16.0% | 1 | 3 |")
     assert vq.endswith("| 1.105 ± 0.000 | 0.25 |")
 
 
@@ -166,7 +166,7 @@ def test_report_against_another_baseline(
     path = tmp_path / "r.jsonl"
     drain(module, campaign, "full", lambda lr, seed: 1 + abs(lr - 1) + seed, path)
     drain(module, campaign, "vq", lambda lr, seed: 1.1 + abs(lr - 1) + seed, path)
-    monkeypatch.setattr(module, "_load", lambda *_: campaign)
+    monkeypatch.setattr(module, "load", lambda *_: campaign)
     arguments = ["campaign.py", "report", "x.py", f"--results={path}"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--baseline=vq"])
     module.main()
@@ -176,3 +176,28 @@ def test_report_against_another_baseline(
     with pytest.raises(SystemExit, match="2"):
         module.main()
     assert "--baseline='none': must be one of ['full', 'vq'" in capsys.readouterr().err
+
+
+def test_times(
+    module: Any, campaign: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Variants take turns, for few steps."""
+    import campaign_times
+
+    runs = []
+
+    def train(shortened: Any, run: Any, *_: Any) -> dict[str, float]:
+        runs.append((run.variant, shortened.overrides["train.steps"]))
+        return {"seconds_per_step": len(runs) / 10}
+
+    monkeypatch.setattr(campaign_times.campaigns, "load", lambda *_: campaign)
+    monkeypatch.setattr(campaign_times.campaigns, "train", train)
+    arguments = ["campaign_times.py", "x.py", "--work=w", "--steps=30"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    campaign_times.main()
+    assert runs == [("full", 30), ("vq", 30), ("full", 30), ("vq", 30)]
+    assert "| vq | 0.300 | 0.200 - 0.400 | 1.50 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        campaign_times.main()
+    assert "--only ['none']: must be among ['full', 'vq']" in capsys.readouterr().err
