@@ -121,7 +121,7 @@ def test_report(
     full, vq = (
         line for line in capsys.readouterr().out.splitlines() if line[:6] in ("| full", "| vq |")
     )
-    assert full.startswith("| full | 100.00% | 110.00% | 110.0% | 1 | 3 |")
+    assert full.startswith("| full | 100.00% | 110.00% | 0 | 110.0% | 1 | 3 |")
     assert full.endswith("| 1.000 ± 0.000 | 1.00 |")
     # (2 (100 + 1000) + 1000 bytes of codes) / 20,000; every seed has exp(0.1) times the perplexity.
     assert vq.startswith("| vq | 1.00% | 11.00% | 8 | 16.0% | 1 | 3 |")
