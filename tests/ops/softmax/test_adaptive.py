@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import adaptive_in_torch
 import chex
 import jax
 import jax.numpy as jnp
@@ -128,46 +129,51 @@ def test_oracle_in_numpy() -> None:
     chex.assert_trees_all_close(np.sum(tangent * direction, axis=-1), slope, rtol=1e-4, atol=1e-5)
 
 
+def for_torch(name: str) -> tuple[Any, ...]:
+    """Arguments of `adaptive_in_torch.results`."""
+    h, weights, ranks = make(**CASES[name])
+    in_torch = {"head.weight": weights.head}
+    if weights.bias is not None:
+        in_torch["head.bias"] = weights.bias
+    for i, (down, up) in enumerate(weights.clusters):
+        in_torch |= {f"tail.{i}.0.weight": down, f"tail.{i}.1.weight": up}
+    coefficients = np.linspace(-1.0, 2.0, len(ranks), dtype=np.float32)
+    return (
+        np.array(h),
+        {n: np.array(w) for n, w in in_torch.items()},
+        np.array(ranks),
+        coefficients,
+        CASES[name]["cutoffs"],
+        CASES[name].get("div_value", 4.0),
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_pytorch(name: str) -> None:
-    torch = pytest.importorskip("torch")
-    case = CASES[name]
-    h, weights, ranks = make(**case)
-    layer = torch.nn.AdaptiveLogSoftmaxWithLoss(
-        DIM,
-        case["vocab_size"],
-        list(case["cutoffs"]),
-        div_value=case.get("div_value", 4.0),
-        head_bias=case.get("with_bias", False),
-    )
-    parameters = dict(layer.named_parameters())
-    ours = {"head.weight": weights.head}
-    if weights.bias is not None:
-        ours["head.bias"] = weights.bias
-    for i, (down, up) in enumerate(weights.clusters):
-        ours |= {f"tail.{i}.0.weight": down, f"tail.{i}.1.weight": up}
-    assert {n: tuple(p.shape) for n, p in parameters.items()} == {
-        n: w.shape for n, w in ours.items()
-    }
-    with torch.no_grad():
-        for parameter_name, array in ours.items():
-            parameters[parameter_name].copy_(torch.from_numpy(np.array(array)))
-    hidden = torch.from_numpy(np.array(h)).requires_grad_()
-    output = layer(hidden, torch.from_numpy(np.array(ranks, np.int64))).output
-    coefficients = np.linspace(-1.0, 2.0, len(ranks), dtype=np.float32)
-    (-output @ torch.from_numpy(coefficients)).backward()
-
+    """On copied weights: losses, all log-probabilities and all gradients."""
+    h, weights, ranks = make(**CASES[name])
+    with np.load(adaptive_in_torch.PATH) as file:
+        of_case = [(n.removeprefix(f"{name}/"), file[n]) for n in file if n.startswith(f"{name}/")]
+    expected = dict(of_case)
     values, (d_h, d_weights) = jax.jit(with_gradients(adaptive.nll))(h, weights, ranks)
-    chex.assert_trees_all_close(values, -output.detach().numpy(), rtol=1e-5, atol=1e-5)
-    log_p = layer.log_prob(hidden).detach().numpy()
-    chex.assert_trees_all_close(adaptive.log_probs(h, weights), log_p, rtol=1e-5, atol=1e-5)
-    actual = {"head.weight": d_weights.head, "head.bias": d_weights.bias}
+    actual = {"nll": values, "log_probs": adaptive.log_probs(h, weights), "hidden": d_h}
+    actual["head.weight"] = d_weights.head
+    if d_weights.bias is not None:
+        actual["head.bias"] = d_weights.bias
     for i, (down, up) in enumerate(d_weights.clusters):
         actual |= {f"tail.{i}.0.weight": down, f"tail.{i}.1.weight": up}
-    chex.assert_trees_all_close(d_h, hidden.grad.numpy(), rtol=1e-5, atol=1e-5)
-    for parameter_name, parameter in parameters.items():
-        expected = parameter.grad.numpy()
-        chex.assert_trees_all_close(actual[parameter_name], expected, rtol=1e-4, atol=1e-4)
+    assert actual.keys() == expected.keys()
+    for n, array in expected.items():
+        tolerance = 1e-4 if "." in n else 1e-5  # Sums over positions.
+        chex.assert_trees_all_close(actual[n], array, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_is_what_pytorch_says(name: str) -> None:
+    pytest.importorskip("torch")
+    with np.load(adaptive_in_torch.PATH) as file:
+        for n, array in adaptive_in_torch.results(*for_torch(name)).items():
+            np.testing.assert_allclose(file[f"{name}/{n}"], array, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_stays_at_its_position() -> None:
