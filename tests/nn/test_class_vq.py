@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 from drawn import assert_drawn_from
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config.schema import ShardingRules
@@ -69,7 +70,7 @@ def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
     chex.assert_trees_all_close(embedded.reshape(V, D), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=oldest_jax)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 2.0}, {"top_k": 4}, {"temperature": 2.0, "top_p": 0.4}],
@@ -95,7 +96,7 @@ def test_no_tokens_to_choose_from_are_refused(h: jax.Array) -> None:
         make_head().sample(h, jax.random.key(0), top_k=0)
 
 
-@pytest.mark.parametrize("codes", [(), ("tensor",)], ids=str)
+@pytest.mark.parametrize("codes", [(), pytest.param(("tensor",), marks=oldest_jax)], ids=str)
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 def test_losses_and_gradients_on_a_mesh(
     axis_type: str, codes: tuple[str, ...], h: jax.Array

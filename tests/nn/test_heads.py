@@ -45,6 +45,7 @@ NORMALIZED = ("adaptive", "two_level", "huffman", "class_vq")
 KINDS = CAPPED + NORMALIZED
 # Of several codebooks. More of them is tested in test_multi_vq.py and test_learned_vq.py.
 SEVERAL = ("two_codebooks", "own_and_product", "learned")
+KINDS_AND_SEVERAL = [*KINDS, *(pytest.param(kind, marks=oldest_jax) for kind in SEVERAL)]
 WITH_EVERY_JAX = ("vq", "class_vq", "full")
 KINDS_AND_CAPS = [(kind, None) for kind in KINDS] + [(kind, CAP) for kind in CAPPED]
 
@@ -194,7 +195,7 @@ def test_top_k_is_that_of_the_logits(
 
 
 @pytest.mark.parametrize("k", [0, 12])
-@pytest.mark.parametrize("kind", KINDS + SEVERAL)
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_top_k_out_of_range(kind: str, k: int, h: jax.Array) -> None:
     with pytest.raises(UserError, match=f"top_k={k}: must be in 1 .. 11"):
         make_head(kind, token_bias=True).top_k(h, k)
@@ -346,7 +347,7 @@ def test_ignored_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 11])
-@pytest.mark.parametrize("kind", KINDS + SEVERAL)
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_invalid_labels(kind: str, label: int, h: jax.Array, targets: jax.Array) -> None:
     """An error at once; NaN under jit; an error again under checkify."""
     head = make_head(kind, token_bias=True)
@@ -395,7 +396,7 @@ def test_summed_nll(kind: str, h: jax.Array, targets: jax.Array) -> None:
     chex.assert_trees_all_close(d_h, expected_h, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS + SEVERAL)
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_summed_nll_of_invalid_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
     """As `nll`: an error at once, NaN under jit, nothing where no token is."""
     head = make_head(kind, token_bias=True)
@@ -420,7 +421,7 @@ def test_nll_of_summed_nll_has_no_gradient(kind: str, h: jax.Array, targets: jax
     assert not np.any(nll(h))
 
 
-@pytest.mark.parametrize("kind", KINDS + SEVERAL)
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_nan_hidden_states_are_nan_losses(kind: str, h: jax.Array, targets: jax.Array) -> None:
     head, h = make_head(kind, True), h.at[1, 2, 0].set(jnp.nan)
     (nll, _), _ = nll_and_gradient(head, h, targets)
@@ -483,7 +484,7 @@ def test_codes_to_start_from() -> None:
     chex.assert_trees_all_equal(head.codes[...], codes)
 
 
-@pytest.mark.parametrize("kind", KINDS + SEVERAL)
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     head = make_head(kind, True)
     head.eval()

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config.schema import ShardingRules
@@ -118,7 +119,7 @@ def test_noise_is_new_for_every_step() -> None:
     assert jax.random.bits(keys[0]) != jax.random.bits(keys[1])
 
 
-@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
+@pytest.mark.parametrize("axis_type", ["explicit", pytest.param("auto", marks=oldest_jax)])
 def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     """With the noise of one device, though activations are summed in another order."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
