@@ -69,6 +69,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         )
 
     by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
+    two_codebooks = {**FILE, "model.head.num_codes": half, "model.head.num_codebooks": 2}
     k_means = {**FILE, "model.head.num_codes": num_codes}
     return {
         "full": Variant(FULL),
@@ -90,14 +91,19 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "full, from co-occurrence": Variant({**FULL, "model.head.start": "cooccurrence"}),
         "VQ by frequency": Variant(by_frequency),
         "VQ by k-means": Variant({**k_means, **CENTROIDS}, "k-means"),
-        "additive 2": Variant(
+        "additive 2": Variant({**two_codebooks, **CENTROIDS}, "residual 2"),
+        "additive 2, unique cells": Variant(
+            {**two_codebooks, **CENTROIDS, "model.head.num_codes": _root(num_codes)},
+            "residual 2, unique cells",
+        ),
+        "additive 4": Variant(
             {
                 **FILE,
                 **CENTROIDS,
-                "model.head.num_codes": half,
-                "model.head.num_codebooks": 2,
+                "model.head.num_codes": quarter,
+                "model.head.num_codebooks": 4,
             },
-            "residual 2",
+            "residual 4",
         ),
         "own + additive 2": own_additive,
         "low rank, D / 16": Variant(
@@ -112,6 +118,7 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         ),
         "full, tied": Variant({**FULL, "model.head.tied": True}),
         "product 16, learned": learned(product(16)),
+        "product 4": product(4),
         "product 8": product(8),
         "product 32": product(32),
         "product 16, no scale": product(16, scale=False),
@@ -131,7 +138,9 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             {**k_means, **CENTROIDS, "model.head.token_bias": False}, "k-means"
         ),
         "VQ random": Variant({**by_frequency, "model.head.assignment": "random"}),
+        "VQ contiguous": Variant({**by_frequency, "model.head.assignment": "contiguous"}),
         "VQ by k-means, random start": Variant(k_means, "k-means"),
+        "VQ by k-means, balanced": Variant({**k_means, **CENTROIDS}, "k-means, balanced"),
         "VQ by k-means, reassigned": Variant(
             {**k_means, **CENTROIDS, "model.head.reassign_every": 50}, "k-means"
         ),
@@ -158,7 +167,15 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
     half, quarter = num_codes // 2, num_codes // 4
     found: dict[str, Mapping[str, object]] = {
         "k-means": {"method": "kmeans", "num_codes": num_codes},
+        "k-means, balanced": {"method": "kmeans", "num_codes": num_codes, "balanced": True},
         "residual 2": {"method": "residual", "num_codebooks": 2, "num_codes": half},
+        "residual 2, unique cells": {
+            "method": "residual",
+            "num_codebooks": 2,
+            "num_codes": _root(num_codes),
+            "unique": True,
+        },
+        "residual 4": {"method": "residual", "num_codebooks": 4, "num_codes": quarter},
         "own, residual 2": {
             "method": "residual",
             "num_codebooks": 2,
@@ -168,7 +185,7 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
     }
     for name, number in _other_numbers(num_codes).items():
         found[f"k-means, {name}"] = {"method": "kmeans", "num_codes": number}
-    for m in (8, 16, 32):
+    for m in (4, 8, 16, 32):
         options = {
             "method": "product",
             "num_codebooks": m,
@@ -217,6 +234,11 @@ def _other_numbers(num_codes: int) -> dict[str, int]:
 def _classes(num_codes: int) -> int:
     """About 4 sqrt(V), as num_codes is V / 100."""
     return round(40 * num_codes**0.5)
+
+
+def _root(num_codes: int) -> int:
+    """So many rows and columns have a cell for each of 100 num_codes tokens, and some more."""
+    return round(10 * num_codes**0.5) + 1
 
 
 def _power_of_two(number: int) -> int:
