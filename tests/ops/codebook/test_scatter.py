@@ -127,3 +127,12 @@ def test_plain_jax_on_a_cpu() -> None:
     with dispatch.record() as traced:
         scatter.logits(code_logits, jnp.asarray(assignment))
     assert traced == [("codebook.scatter.logits", "xla")]
+
+
+def test_memory_does_not_grow_with_the_number_of_codebooks() -> None:
+    """The formula has an array of N V numbers for each of them, where XLA does not fuse gathers."""
+    n, v, m, k = 128, 10_000, 32, 8
+    l = tuple(jnp.ones((n, k)) for _ in range(m))
+    assignment = jnp.zeros((v, m), jnp.int32)
+    compiled = jax.jit(xla.logits).lower(l, assignment, jnp.ones(v), jnp.ones(v)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * n * v

@@ -7,32 +7,23 @@ it to the rows it came from. Exact, float32 throughout: N V (M + one exponential
 and twice that backward.
 """
 
-import functools
-from typing import NamedTuple, TypeVar
-
 import jax
 import jax.numpy as jnp
 
-from vqcx_jax.ops.codebook import multi
+from vqcx_jax.ops.codebook import multi, scatter
+from vqcx_jax.ops.codebook.token_blocks import (
+    Blocks,
+    block_logits,
+    position_blocks,
+    sums,
+    token_blocks,
+    transposed,
+)
 from vqcx_jax.ops.varying import varying_like
-
-# Rows of 64 positions are four cache lines, and 4096 of them (16 codebooks of 256) 1 MB: they stay
-# in a cache. XLA on CPUs leaves blocks of fewer than 2048 tokens to one core.
-_BLOCK_POSITIONS = 64
-_BLOCK_TOKENS = 2048
 
 _Operands = tuple[multi.CodeLogits, jax.Array, jax.Array | None, jax.Array | None]
 _Residuals = tuple[_Operands, jax.Array, jax.Array]
 _PerToken = tuple[jax.Array | None, jax.Array]  # Of scale and bias, (B, C).
-_Tree = TypeVar("_Tree")
-
-
-class _Blocks(NamedTuple):
-    """Blocks of C tokens: codes int (B, M, C), scale and bias (B, C)."""
-
-    codes: jax.Array
-    scale: jax.Array | None
-    bias: jax.Array
 
 
 def log_z(
@@ -69,15 +60,16 @@ def top_k(
     bias: jax.Array | None = None,
     scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.top_k`. V logits of `_BLOCK_POSITIONS` positions at a time."""
+    """See `api.top_k`. V logits of a block of positions at a time."""
 
-    def of_position(code_logits: multi.CodeLogits) -> tuple[jax.Array, jax.Array, jax.Array]:
-        z_V = multi.logits(code_logits, assignment, bias, scale)
-        return *jax.lax.top_k(z_V, k), jax.nn.logsumexp(z_V)
+    def of_block(code_logits: multi.CodeLogits) -> tuple[jax.Array, jax.Array, jax.Array]:
+        z_PxV = scatter.xla.logits(code_logits, assignment, bias, scale)
+        return *jax.lax.top_k(z_PxV, k), jax.nn.logsumexp(z_PxV, axis=-1)
 
     leading = code_logits[0].shape[:-1]
     rows = tuple(l.reshape(-1, l.shape[-1]) for l in code_logits)
-    results = jax.lax.map(of_position, rows, batch_size=_BLOCK_POSITIONS)
+    of_blocks = jax.lax.map(of_block, position_blocks(rows))
+    results = (x.reshape(-1, *x.shape[2:])[: len(rows[0])] for x in of_blocks)
     z, tokens, log_z = (x.reshape(*leading, *x.shape[1:]) for x in results)
     return z, tokens, log_z
 
@@ -99,16 +91,16 @@ def _forward(
     bias_V: jax.Array | None,
 ) -> tuple[jax.Array, _Residuals]:
     num_positions = len(code_logits[0])
-    blocks = _token_blocks(assignment_VxM, scale_V, bias_V)
+    blocks = token_blocks(assignment_VxM, scale_V, bias_V)
 
     def peak_and_sum(code_logits: multi.CodeLogits) -> tuple[jax.Array, jax.Array]:
-        tables = _transposed(code_logits)
+        tables = transposed(code_logits)
 
         def add_block(
-            carry: tuple[jax.Array, jax.Array], block: _Blocks
+            carry: tuple[jax.Array, jax.Array], block: Blocks
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             peak_P, sum_P = carry
-            z_CxP = _logits(block, _sums(block, tables))
+            z_CxP = block_logits(block, sums(block, tables))
             new_peak_P = jnp.maximum(peak_P, jnp.max(z_CxP, axis=0))
             # Until a token that is not banned by bias = -inf comes, the peak is -inf.
             shift_P = jnp.where(new_peak_P == -jnp.inf, 0.0, new_peak_P)
@@ -118,7 +110,7 @@ def _forward(
         start = (jnp.full_like(tables[0][0], -jnp.inf), jnp.zeros_like(tables[0][0]))
         return jax.lax.scan(add_block, start, blocks)[0]
 
-    of_blocks = jax.lax.map(peak_and_sum, _position_blocks(code_logits))
+    of_blocks = jax.lax.map(peak_and_sum, position_blocks(code_logits))
     peak_N, sum_N = (x.reshape(-1)[:num_positions] for x in of_blocks)
     # log Z in two parts: exp(z - peak) / sum keeps its digits where exp(z - log Z) would not.
     operands = (code_logits, assignment_VxM, scale_V, bias_V)
@@ -129,19 +121,19 @@ def _backward(
     residuals: _Residuals, g_N: jax.Array
 ) -> tuple[multi.CodeLogits, None, jax.Array | None, jax.Array | None]:
     (code_logits, assignment_VxM, scale_V, bias_V), peak_N, sum_N = residuals
-    blocks = _token_blocks(assignment_VxM, scale_V, bias_V)
+    blocks = token_blocks(assignment_VxM, scale_V, bias_V)
 
     def add_positions(
         d_tokens: _PerToken, positions: tuple[multi.CodeLogits, jax.Array, jax.Array]
     ) -> tuple[_PerToken, multi.CodeLogits]:
         code_logits, peak_P, weight_P = positions
-        tables = _transposed(code_logits)
+        tables = transposed(code_logits)
 
         def add_block(
-            d_tables: multi.CodeLogits, block: _Blocks
+            d_tables: multi.CodeLogits, block: Blocks
         ) -> tuple[multi.CodeLogits, _PerToken]:
-            sums_CxP = _sums(block, tables)
-            e_CxP = jnp.exp(_logits(block, sums_CxP) - peak_P)
+            sums_CxP = sums(block, tables)
+            e_CxP = jnp.exp(block_logits(block, sums_CxP) - peak_P)
             d_bias_C = jnp.sum(e_CxP * weight_P, axis=1)
             d_scale_C = None
             if block.scale is not None:
@@ -158,7 +150,7 @@ def _backward(
         d_code_logits = tuple((d * weight_P).T for d in d_tables)
         return jax.tree.map(jnp.add, d_tokens, d_these), d_code_logits
 
-    positions = _position_blocks((code_logits, peak_N, g_N / sum_N))
+    positions = position_blocks((code_logits, peak_N, g_N / sum_N))
     zeros = jax.tree.map(
         lambda x: varying_like(jnp.zeros_like(x), g_N), (blocks.scale, blocks.bias)
     )
@@ -172,49 +164,3 @@ def _backward(
 
 
 _log_z.defvjp(_forward, _backward)
-
-
-def _token_blocks(
-    assignment_VxM: jax.Array, scale_V: jax.Array | None, bias_V: jax.Array | None
-) -> _Blocks:
-    """Tokens in blocks; the last one is filled up with impossible tokens."""
-    vocab_size = len(assignment_VxM)
-    size = min(vocab_size, _BLOCK_TOKENS)
-    if bias_V is None:
-        bias_V = jnp.zeros((vocab_size,), jnp.float32)
-    return _Blocks(
-        codes=_blocked(assignment_VxM, size).swapaxes(1, 2),
-        scale=None if scale_V is None else _blocked(scale_V, size),
-        bias=_blocked(bias_V, size, -jnp.inf),
-    )
-
-
-def _position_blocks(per_position: _Tree) -> _Tree:
-    """A tree of (N, ...) in blocks, of much the same size; the last one is filled up with zeros."""
-    num_positions = len(jax.tree.leaves(per_position)[0])
-    num_blocks = -(-num_positions // _BLOCK_POSITIONS)
-    size = -(-num_positions // num_blocks)
-    return jax.tree.map(lambda x: _blocked(x, size), per_position)
-
-
-def _blocked(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
-    """(n, ...) as (n / size, size, ...), rounded up and filled up."""
-    padding = [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding, constant_values=fill).reshape(-1, size, *x.shape[1:])
-
-
-def _transposed(code_logits: multi.CodeLogits) -> multi.CodeLogits:
-    """(K_m, P) from (P, K_m)."""
-    return tuple(l.T for l in code_logits)
-
-
-def _sums(block: _Blocks, tables: multi.CodeLogits) -> jax.Array:
-    """Code logits summed over codebooks, (C, P)."""
-    rows = (table[codes] for table, codes in zip(tables, block.codes, strict=True))
-    return functools.reduce(jnp.add, rows)
-
-
-def _logits(block: _Blocks, sums_CxP: jax.Array) -> jax.Array:
-    if block.scale is not None:
-        sums_CxP = sums_CxP * block.scale[:, None]
-    return sums_CxP + block.bias[:, None]
