@@ -29,7 +29,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {unknown}: must be among {list(campaign.variants)}")
     short = {"train.steps": args.steps, "train.checkpoint_every": args.steps}
-    short["train.final_eval_batches"] = 1
+    short |= {"train.final_eval_batches": 1, "optimizer.warmup_steps": 0}
     campaign = dataclasses.replace(campaign, overrides={**campaign.overrides, **short})
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.repeats):

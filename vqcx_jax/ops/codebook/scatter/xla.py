@@ -17,8 +17,8 @@ from vqcx_jax.ops.codebook.token_blocks import (
     transposed,
 )
 
-# Of fewer positions a row is too short to be gathered whole.
-_POSITIONS = 8
+# Of fewer positions a row is too short to be gathered whole; gathers of two codebooks are fused.
+_POSITIONS, _CODEBOOKS = 8, 3
 
 
 def logits(
@@ -31,8 +31,8 @@ def logits(
     dtype: DTypeLike = "float32",
 ) -> jax.Array:
     """See `api.logits`. Gathers, whose transposes are scatters by code."""
-    num_positions = math.prod(code_logits[0].shape[:-1])
-    if device.current().platform == "cpu" and num_positions >= _POSITIONS and len(code_logits) > 1:
+    are_many = math.prod(code_logits[0].shape[:-1]) >= _POSITIONS and len(code_logits) >= _CODEBOOKS
+    if are_many and device.current().platform == "cpu":
         return _by_blocks(code_logits, assignment, bias, scale, soft_cap, dtype)
     z = cap.soft_cap(multi.logits(code_logits, assignment, None, scale), soft_cap)
     return (z if bias is None else z + bias.astype(jnp.float32)).astype(dtype)
