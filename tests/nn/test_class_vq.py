@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ClassVQHead(tokens, CODES[:V], K, D, rngs=rngs)
     with pytest.raises(UserError, match="dim=7: must be a multiple of the 2 codebooks"):
         ClassVQHead(tokens, CODES, K, 7, rngs=rngs)
-    with pytest.raises(UserError, match="assignment holds code 4; codes must be in 0 .. 3"):
+    with pytest.raises(UserError, match="assignment holds code 5; codes must be in 0 .. 4"):
         ClassVQHead(tokens, CODES, K - 1, D, rngs=rngs)
     with pytest.raises(UserError, match="num_codes=25: must be at most the 24 tokens"):
         ClassVQHead(tokens, CODES, 25, D, rngs=rngs)
