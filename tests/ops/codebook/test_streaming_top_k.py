@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +148,9 @@ def test_what_it_cannot_do() -> None:
     with dispatch.record() as traced:
         streaming.top_k(**inputs, k=1)
     assert traced == [("codebook.streaming.top_k", "xla")]
+
+
+def test_no_positions() -> None:
+    code_logits = tuple(jnp.zeros((0, 4)) for _ in range(3))
+    z, tokens, log_z = streaming.top_k(code_logits, jnp.zeros((20, 3), jnp.int32), 5)
+    chex.assert_shape([z, tokens, log_z], [(0, 5), (0, 5), (0,)])

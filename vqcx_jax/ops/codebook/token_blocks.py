@@ -46,8 +46,8 @@ def token_blocks(
 def position_blocks(per_position: _Tree) -> _Tree:
     """A tree of (N, ...) in blocks, of much the same size; the last one is filled up with zeros."""
     num_positions = len(jax.tree.leaves(per_position)[0])
-    num_blocks = -(-num_positions // POSITIONS)
-    size = -(-num_positions // num_blocks)
+    num_blocks = max(1, -(-num_positions // POSITIONS))
+    size = max(1, -(-num_positions // num_blocks))
     return jax.tree.map(lambda x: _blocked(x, size), per_position)
 
 
