@@ -9,9 +9,10 @@ benchmarks/campaign.py does; of a run the median of its steps is taken, without 
 import argparse
 import dataclasses
 import statistics
+import sys
 from pathlib import Path
 
-import campaign as campaigns
+from campaign import FailedError, Run, load, train
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
-    campaign = campaigns.load(args.campaign, args.data)
+    campaign = load(args.campaign, args.data)
     names = args.only or list(campaign.variants)
     unknown = [name for name in names if name not in campaign.variants]
     if unknown:
@@ -34,8 +35,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.repeats):
         for name in names:
-            run = campaigns.Run(name, campaign.learning_rate, seed=0)
-            record = campaigns.train(campaign, run, args.work, args.work / "timed")
+            run = Run(name, campaign.learning_rate, seed=0)
+            try:
+                record = train(campaign, run, args.work, args.work / "timed")
+            except FailedError as error:
+                sys.exit(f"{name}: {error}")
             seconds[name].append(record["seconds_per_step"])
     of_base = statistics.fmean(seconds[names[0]])
     print(f"| head | s a step | min - max | time / {names[0]}'s |")

@@ -190,8 +190,8 @@ def test_times(
         runs.append((run.variant, shortened.overrides["train.steps"]))
         return {"seconds_per_step": len(runs) / 10}
 
-    monkeypatch.setattr(campaign_times.campaigns, "load", lambda *_: campaign)
-    monkeypatch.setattr(campaign_times.campaigns, "train", train)
+    monkeypatch.setattr(campaign_times, "load", lambda *_: campaign)
+    monkeypatch.setattr(campaign_times, "train", train)
     arguments = ["campaign_times.py", "x.py", "--work=w", "--steps=30"]
     monkeypatch.setattr(sys, "argv", arguments)
     campaign_times.main()

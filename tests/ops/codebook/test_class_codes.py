@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from class_cases import CLASSES, C, M, V, class_of, make
+from class_cases import CLASSES, C, M, V, class_of, make, make_weights
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
@@ -152,3 +152,15 @@ def test_work_does_not_grow_with_the_vocabulary() -> None:
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(h, weights.codebooks, tokens, targets)
     temporary = compiled.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * vocab_size * positions
+
+
+def test_log_probabilities_of_many_codebooks_take_no_more_memory() -> None:
+    """XLA held an array of V columns for each of them."""
+    vocab_size, num_classes, num_codebooks, positions = 5000, 250, 16, 64
+    tokens = classes.arrange(np.arange(vocab_size, dtype=np.int32) % num_classes, num_classes)
+    shape = num_codebooks, 4, 2
+    weights = make_weights(np.random.default_rng(0), tokens, shape, bias=True, scale=True)
+    h = jnp.ones((positions, 2 * num_codebooks))
+    compiled = jax.jit(classes.log_probs).lower(h, weights, tokens).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 6 * 4 * vocab_size * positions

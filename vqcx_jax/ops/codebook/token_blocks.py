@@ -10,11 +10,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops import soft_cap as cap
 from vqcx_jax.ops.codebook import multi
 
 # Rows of 64 positions are four cache lines, and 4096 of them (16 codebooks of 256) 1 MB: they stay
 # in a cache. XLA on CPUs leaves blocks of fewer than 2048 tokens to one core.
-POSITIONS = 64
+_POSITIONS = 64
 _TOKENS = 2048
 
 _Tree = TypeVar("_Tree")
@@ -46,7 +47,7 @@ def token_blocks(
 def position_blocks(per_position: _Tree) -> _Tree:
     """A tree of (N, ...) in blocks, of much the same size; the last one is filled up with zeros."""
     num_positions = len(jax.tree.leaves(per_position)[0])
-    num_blocks = max(1, -(-num_positions // POSITIONS))
+    num_blocks = max(1, -(-num_positions // _POSITIONS))
     size = max(1, -(-num_positions // num_blocks))
     return jax.tree.map(lambda x: _blocked(x, size), per_position)
 
@@ -68,8 +69,8 @@ def sums(block: Blocks, tables: multi.CodeLogits) -> jax.Array:
     return functools.reduce(jnp.add, rows)
 
 
-def block_logits(block: Blocks, sums_CxP: jax.Array) -> jax.Array:
-    """Of sums, (C, P): those times scales, and biases."""
+def block_logits(block: Blocks, sums_CxP: jax.Array, soft_cap: float | None = None) -> jax.Array:
+    """Of `sums`, float32 (C, P): cap(scale sum) + bias; see `ops.soft_cap`."""
     if block.scale is not None:
         sums_CxP = sums_CxP * block.scale[:, None]
-    return sums_CxP + block.bias[:, None]
+    return cap.soft_cap(sums_CxP, soft_cap) + block.bias[:, None]

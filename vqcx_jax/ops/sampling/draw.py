@@ -1,9 +1,9 @@
 """One id from each softmax, the step that all sampling ends with.
 
-The reference is `jax.random.categorical`: noise for every id, and the largest sum. On CPUs its
-noise takes longer than everything else in a step of decoding, so that ids are drawn there by two
-random numbers, whatever V is: first a block of about sqrt(V) ids by its summed probability, then an
-id of that block. Each is the first one whose cumulative sum exceeds a random share of the whole.
+The reference is `jax.random.categorical`: noise for every id, and the largest sum. On CPUs that
+noise was about half of a step of decoding, so that ids are drawn there by two random numbers,
+whatever V is: first a block of about sqrt(V) ids by its summed probability, then an id of that
+block, both by inversion: the first one whose cumulative sum exceeds a random share of the whole.
 """
 
 import math

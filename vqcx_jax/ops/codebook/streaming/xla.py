@@ -1,10 +1,8 @@
 """Any number of codebooks, V logits at a time never: positions and vocabulary pass in blocks.
 
-A block's logits are sums of M rows of transposed code logits, (K_m, P) for P positions, times the
-tokens' scales: rows are gathered whole, so the inner loop runs over positions, which lie side by
-side. Forward keeps a running maximum and a running sum; backward gathers each block again and adds
-it to the rows it came from. Exact, float32 throughout: N V (M + one exponential) operations forward
-and twice that backward.
+How a block's logits are made: `token_blocks`. Forward keeps a running maximum and a running sum;
+backward gathers each block again and adds it to the rows it came from. Exact, float32 throughout:
+N V (M + one exponential) operations forward and twice that backward.
 """
 
 import jax
