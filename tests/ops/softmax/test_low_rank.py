@@ -70,7 +70,9 @@ def test_float32(name: str, in_float64: Any, max_error: Any) -> None:
 
 
 def test_bfloat16(in_float64: Any, assert_as_good_as: Any) -> None:
-    operands, targets, cap = make(**CASES["capped"], dtype=jnp.bfloat16)
+    # So many positions that the largest error of either is no matter of luck.
+    case = dict(CASES["capped"], leading=(200,))
+    operands, targets, cap = make(**case, dtype=jnp.bfloat16)
     nll, definition = functions(cap)
     actual = jax.jit(with_gradients(nll))(operands, targets)
     values, (gradients,) = actual
