@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -50,6 +51,17 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortRun:
+    """A run whose output layer a map is made of, and nothing else.
+
+    Attributes:
+        overrides: config field -> value, beside the campaign's: a full head, steps, rate.
+    """
+
+    overrides: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
 class Campaign:
     """What to train and how.
 
@@ -59,7 +71,8 @@ class Campaign:
         paths: config field -> where something lies on this machine; not part of a result.
         variants: by name, in the order in which they are run.
         baseline: the variant that the others are compared with.
-        maps: token maps by name: options of `python -m vqcx_jax.maps`.
+        maps: token maps by name: options of `python -m vqcx_jax.maps`; `vectors` may be a
+            `ShortRun`, which is trained first.
         learning_rate: where the search begins.
         seeds: how many.
         more_seeds: variant -> how many, for those of which more is to be known.
@@ -98,13 +111,21 @@ class Run:
         return {
             "config": campaign.config,
             "overrides": {**campaign.overrides, **variant.overrides},
-            "map": campaign.maps[variant.token_map] if variant.token_map else None,
+            "map": _plain(campaign.maps[variant.token_map]) if variant.token_map else None,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
         }
 
 
 Results = dict[str, dict[str, Any]]  # Key of what was asked -> record.
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    """Options of a map as JSON has them."""
+    return {
+        name: dataclasses.asdict(value) if isinstance(value, ShortRun) else value
+        for name, value in options.items()
+    }
 
 
 def main() -> None:
@@ -258,11 +279,6 @@ def train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, 
     """Runs train.py in `workdir`, which is made anew: what came out, sizes and times."""
     variant = campaign.variants[run.variant]
     overrides = {
-        "data.cache_dir": work / "cache",
-        "train.eval_every": 0,
-        "train.sample_tokens": 0,
-        **campaign.paths,
-        **campaign.overrides,
         **variant.overrides,
         "optimizer.learning_rate": run.learning_rate,
         "train.seed": run.seed,
@@ -270,19 +286,9 @@ def train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, 
     }
     if variant.token_map is not None:
         overrides["model.head.token_map"] = _token_map(campaign, variant.token_map, work)
-    shutil.rmtree(workdir, ignore_errors=True)
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={ROOT / campaign.config}",
-        f"--workdir={workdir}",
-        *(f"--config.{name}={value}" for name, value in overrides.items()),
-    ]
     started = time.monotonic()
+    status, usage = _train(campaign, overrides, work, workdir)
     log_path = workdir.with_suffix(".log")
-    with log_path.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
     if _diverged(status, log_path.read_text()):
         return {"loss": None}
     if status:
@@ -301,6 +307,31 @@ def train(campaign: Campaign, run: Run, work: Path, workdir: Path) -> dict[str, 
         **_measure(workdir, campaign.lengths, log_path),
         "commit": _commit(),
     }
+
+
+def _train(
+    campaign: Campaign, overrides: Mapping[str, object], work: Path, workdir: Path
+) -> tuple[int, resource.struct_rusage]:
+    """train.py in a process of its own: how it ended, and what it used."""
+    shared: dict[str, object] = {
+        "data.cache_dir": work / "cache",
+        "train.eval_every": 0,
+        "train.sample_tokens": 0,
+        **campaign.paths,
+        **campaign.overrides,
+    }
+    shutil.rmtree(workdir, ignore_errors=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={ROOT / campaign.config}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in {**shared, **overrides}.items()),
+    ]
+    with workdir.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    return status, usage
 
 
 def _diverged(status: int, log: str) -> bool:
@@ -327,6 +358,12 @@ def _token_map(campaign: Campaign, name: str, work: Path) -> Path:
 def _make_token_map(campaign: Campaign, name: str, work: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {**campaign.maps[name], "config": ROOT / campaign.config, "output": path}
+    short = options.get("vectors")
+    if isinstance(short, ShortRun):
+        options["vectors"] = run = path.with_suffix(".run")
+        status, _ = _train(campaign, short.overrides, work, run)
+        if status:
+            raise FailedError(f"train.py failed, see {run.with_suffix('.log')}")
     options["config.data.cache_dir"] = work / "cache"
     shared = {**campaign.paths, **campaign.overrides}
     fields = {k: v for k, v in shared.items() if k.startswith(("data.", "model."))}

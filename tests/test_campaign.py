@@ -102,6 +102,21 @@ def test_another_question_has_other_results(module: Any, campaign: Any, tmp_path
     assert asked == [module.Run("vq", rate, 0) for rate in (1.0, 2.0)]
 
 
+def test_a_map_of_another_short_run_is_another_question(
+    module: Any, campaign: Any, tmp_path: Path
+) -> None:
+    """Also once the question has been through the results file, as JSON."""
+
+    def of(steps: int) -> Any:
+        options = {"method": "kmeans", "vectors": module.ShortRun({"train.steps": steps})}
+        return module.dataclasses.replace(campaign, maps={"kmeans": options})
+
+    path = tmp_path / "r.jsonl"
+    drain(module, of(5), "vq", lambda lr, _: abs(lr - 1), path)
+    assert module._ready(of(5), "vq", module._read(path)) == []
+    assert module._ready(of(6), "vq", module._read(path)) != []
+
+
 def test_divergence_is_a_result_and_a_bug_is_none(module: Any) -> None:
     """As `test_scripts.test_divergence` has it: exit code 1 and one line."""
     line = "error: loss is nan at step 3; last good checkpoint: there is none"

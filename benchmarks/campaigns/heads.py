@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from campaign import Variant
+from campaign import ShortRun, Variant
 
 FULL = {
     "model.head.kind": "full",
@@ -144,6 +144,12 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "VQ by k-means, reassigned": Variant(
             {**k_means, **CENTROIDS, "model.head.reassign_every": 50}, "k-means"
         ),
+        "VQ by k-means, of a short run": Variant(
+            {**k_means, **CENTROIDS}, "k-means, of a short run"
+        ),
+        "product 16, of a short run": dataclasses.replace(
+            product(16), token_map="product 16, scale, of a short run"
+        ),
         "hierarchical, classes": Variant({"model.head.kind": "hierarchical"}),
         "hierarchical, Huffman": Variant(
             {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
@@ -163,7 +169,11 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
 
 
 def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
-    """Options of `python -m vqcx_jax.maps`; all from co-occurrence counts of the training text."""
+    """Options of `python -m vqcx_jax.maps`.
+
+    All from co-occurrence counts of the training text, but for two: those are from the output
+    layer of a full softmax after 150 steps.
+    """
     half, quarter = num_codes // 2, num_codes // 4
     found: dict[str, Mapping[str, object]] = {
         "k-means": {"method": "kmeans", "num_codes": num_codes},
@@ -194,6 +204,16 @@ def maps(num_codes: int) -> dict[str, Mapping[str, object]]:
         }
         found[f"product {m}"] = options
         found[f"product {m}, scale"] = {**options, "scale": True}
+    short = ShortRun(
+        {
+            **FULL,
+            "train.steps": 150,
+            "train.checkpoint_every": 150,
+            "optimizer.learning_rate": 4e-3,
+        }
+    )
+    for name in ("k-means", "product 16, scale"):
+        found[f"{name}, of a short run"] = {**found[name], "vectors": short}
     num_classes = _classes(num_codes)
     classes = {"classes": num_classes, "frequent": num_classes}
     found["product 16, scale, classes"] = {**found["product 16, scale"], **classes}
