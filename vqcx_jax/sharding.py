@@ -105,6 +105,24 @@ def take_rows(
     return constrain(table[index], out_axes, rules)
 
 
+def cuts_tokens_explicitly(rules: ShardingRules) -> bool:
+    """Whether the current mesh has Explicit axes, and the rules cut rows or positions over them."""
+    return _current_axis_type() is AxisType.Explicit and bool(rules.batch or rules.sequence)
+
+
+def by_compiler(
+    function: Callable[..., Any], out_axes: LogicalAxes, rules: ShardingRules
+) -> Callable[..., Any]:
+    """Runs `function` with Auto axes, where the current mesh has Explicit ones.
+
+    For functions of many gathers, whose shardings need not be spelled out. What they use of arrays
+    they must take as arguments, and what they return is laid out along `out_axes`.
+    """
+    if _current_axis_type() is not AxisType.Explicit:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=partition_spec(out_axes, rules))
+
+
 def per_device(
     function: Callable[..., Any],
     in_axes: Sequence[LogicalAxes],

@@ -1,6 +1,5 @@
 """Every head offers the same functions, and they agree with its logits."""
 
-import dataclasses
 from functools import cache, partial
 from typing import Any
 
@@ -299,27 +298,36 @@ def samples(head: Head, h: jax.Array) -> Any:
     ("kind", "axis_type"),
     [
         *((kind, "explicit") for kind in WITH_EVERY_JAX),
-        *(pytest.param(k, "explicit", marks=oldest_jax) for k in KINDS if k not in WITH_EVERY_JAX),
+        *(
+            pytest.param(kind, "explicit", marks=oldest_jax)
+            for kind in (*KINDS, *SEVERAL)
+            if kind not in WITH_EVERY_JAX
+        ),
         ("vq", "auto"),
         ("full", "auto"),
     ],
 )
 def test_top_k_and_samples_on_a_mesh(kind: str, axis_type: str) -> None:
-    """Top-k of a batch that is sharded as in training; samples of one that is whole."""
+    """Of a batch that is sharded as in training; samples also of a whole one, and of cut rows."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
     h = jax.random.normal(jax.random.key(1), (4, 2, 8))
-    for function, rules in (
-        (top_4, ShardingRules()),
-        (samples, dataclasses.replace(ShardingRules(), batch=())),
-    ):
+    cases = [(top_4, ShardingRules()), (samples, ShardingRules())]
+    if kind in WITH_EVERY_JAX:
+        cases.append((samples, ShardingRules(batch=())))
+    if kind == "vq":
+        cases.append((samples, ShardingRules(batch=(), sequence=("tensor",))))
+    for function, rules in cases:
         head = new_head(kind, 12, rules=rules)
         expected = function(head, h)
         graphdef, *arrays = functional.split(head)
         with jax.set_mesh(mesh):
             arrays = jax.device_put(tuple(arrays), functional.shardings(head, mesh, rules))
-            batch = sharding.named_sharding(mesh, ("batch", None, None), rules)
+            batch = sharding.named_sharding(mesh, ("batch", "sequence", None), rules)
             actual = function(nnx.merge(graphdef, *arrays), jax.device_put(h, batch))
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+        if function is samples and axis_type == "explicit":
+            rows = sharding.named_sharding(mesh, ("batch", "sequence"), rules)
+            assert all(x.sharding.is_equivalent_to(rows, x.ndim) for x in actual)
 
 
 @jax.jit

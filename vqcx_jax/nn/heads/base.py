@@ -16,7 +16,14 @@ from vqcx_jax.ops import sampling
 from vqcx_jax.ops.checks import check_shape
 from vqcx_jax.ops.codebook.reassign import Statistics
 from vqcx_jax.ops.labels import check_labels
-from vqcx_jax.sharding import LogicalAxes, constrain, per_device, token_mesh_axes
+from vqcx_jax.sharding import (
+    LogicalAxes,
+    by_compiler,
+    constrain,
+    cuts_tokens_explicitly,
+    per_device,
+    token_mesh_axes,
+)
 
 # (hidden states (B, T, D), PRNG key) -> token ids int32 (B, T).
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
@@ -135,8 +142,6 @@ class Head(nnx.Module, abc.ABC):
     ) -> jax.Array:
         """Tokens drawn from the model, int32 (B, T): temperature, then top-k, then top-p.
 
-        Under a mesh the rules must leave `batch` and `sequence` whole.
-
         Args:
             key: a typed PRNG key.
             temperature, top_k, top_p: see `ops.sampling.sample`.
@@ -153,7 +158,34 @@ class Head(nnx.Module, abc.ABC):
         top_k: int | None = None,
         top_p: float | jax.Array | None = None,
     ) -> Sampler:
-        """`sample` as a function of h and key, for loops: what depends on neither is done here."""
+        """`sample` as a function of h and key, for loops: what depends on neither is done here.
+
+        On a mesh of Explicit axes it is done in each call, unless the rules leave `batch` and
+        `sequence` whole.
+        """
+        if not cuts_tokens_explicitly(self.rules):
+            return self._sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling.check_temperature(temperature)
+        sampling.check_top_p(top_p)
+        graphdef, state = nnx.split(self)
+
+        def sample(
+            state: nnx.State, h_BxTxD: jax.Array, key: jax.Array, how: dict[str, Any]
+        ) -> jax.Array:
+            return nnx.merge(graphdef, state)._sampler(top_k=top_k, **how)(h_BxTxD, key)
+
+        draw = by_compiler(sample, ROWS, self.rules)
+        how = {"temperature": temperature, "top_p": top_p}
+        return lambda h_BxTxD, key: draw(state, h_BxTxD, key, how)
+
+    def _sampler(
+        self,
+        *,
+        temperature: float | jax.Array,
+        top_k: int | None,
+        top_p: float | jax.Array | None,
+    ) -> Sampler:
+        """`sampler` where gathers need no sharding."""
 
         def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
             logits_BxTxV = self._whole_logits(h_BxTxD)

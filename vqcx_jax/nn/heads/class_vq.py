@@ -123,12 +123,12 @@ class ClassVQHead(NormalizedHead):
         arrays = self._arrays()
         return self._listed(h_BxTxD, classes.entry_vectors(*arrays), arrays, k)
 
-    def sampler(
+    def _sampler(
         self,
         *,
-        temperature: float | jax.Array = 1.0,
-        top_k: int | None = None,
-        top_p: float | jax.Array | None = None,
+        temperature: float | jax.Array,
+        top_k: int | None,
+        top_p: float | jax.Array | None,
     ) -> Sampler:
         """See `Head.sampler`.
 
@@ -149,7 +149,7 @@ class ClassVQHead(NormalizedHead):
             return lambda h_BxTxD, key: sampling.sample_listed(
                 *self._listed(h_BxTxD, vectors, arrays, k), key, **options
             )
-        by_logits = super().sampler(top_k=top_k, **options)
+        by_logits = super()._sampler(top_k=top_k, **options)
         if top_k is not None or top_p is not None:
             return by_logits
 

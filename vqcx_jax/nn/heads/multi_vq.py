@@ -210,12 +210,12 @@ class MultiVQHead(Head):
         z_BxTxk, tokens_BxTxk, log_z_BxTx1 = self._listed(h_BxTxD, self._arrays(), k)
         return z_BxTxk - log_z_BxTx1, tokens_BxTxk
 
-    def sampler(
+    def _sampler(
         self,
         *,
-        temperature: float | jax.Array = 1.0,
-        top_k: int | None = None,
-        top_p: float | jax.Array | None = None,
+        temperature: float | jax.Array,
+        top_k: int | None,
+        top_p: float | jax.Array | None,
     ) -> Sampler:
         """See `Head.sampler`. Top-k as in `top_k`; else without V logits if the loss closes.
 
@@ -233,7 +233,7 @@ class MultiVQHead(Head):
 
             return sample_best
         if top_p is not None or not self.closes:
-            return super().sampler(temperature=temperature, top_p=top_p)
+            return super()._sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         bias = arrays.get("bias", jnp.zeros((self.vocab_size,), jnp.float32))
         num_codebooks, num_codes, _ = self.codebooks.shape
         draw = cell_sampler(

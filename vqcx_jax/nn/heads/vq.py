@@ -126,12 +126,12 @@ class VQHead(Head):
         log_z_BxTx1 = jax.nn.logsumexp(l_BxTxK + log_mass_K, axis=-1, keepdims=True)
         return z_BxTxk - log_z_BxTx1, tokens_BxTxk
 
-    def sampler(
+    def _sampler(
         self,
         *,
-        temperature: float | jax.Array = 1.0,
-        top_k: int | None = None,
-        top_p: float | jax.Array | None = None,
+        temperature: float | jax.Array,
+        top_k: int | None,
+        top_p: float | jax.Array | None,
     ) -> Sampler:
         """See `Head.sampler`. O(K) per position, and O(k^2) more with top_k; never V logits."""
         # Not kept as buffers: the order follows from the biases, which training changes.
