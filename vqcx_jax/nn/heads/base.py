@@ -46,8 +46,8 @@ class Head(nnx.Module, abc.ABC):
     """An output layer. It is given hidden states, never logits.
 
     A head must say its `vocab_size` and `rules`, compute `token_nll` and `logits`, and replaces
-    `top_k` and `sampler` where it can do without V logits, and `summed_nll` where a sum is cheaper
-    than its terms.
+    `top_k` and `token_sampler` where it can do without V logits, and `summed_nll` where a sum is
+    cheaper than its terms.
 
     An optional `logit_soft_cap` bounds the part of a logit that depends on the hidden state, see
     `ops.soft_cap`; everything below is then of the capped logits.
@@ -164,7 +164,7 @@ class Head(nnx.Module, abc.ABC):
         `sequence` whole.
         """
         if not cuts_tokens_explicitly(self.rules):
-            return self._sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+            return self.token_sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         sampling.check_temperature(temperature)
         sampling.check_top_p(top_p)
         graphdef, state = nnx.split(self)
@@ -172,20 +172,20 @@ class Head(nnx.Module, abc.ABC):
         def sample(
             state: nnx.State, h_BxTxD: jax.Array, key: jax.Array, how: dict[str, Any]
         ) -> jax.Array:
-            return nnx.merge(graphdef, state)._sampler(top_k=top_k, **how)(h_BxTxD, key)
+            return nnx.merge(graphdef, state).token_sampler(top_k=top_k, **how)(h_BxTxD, key)
 
         draw = by_compiler(sample, ROWS, self.rules)
         how = {"temperature": temperature, "top_p": top_p}
         return lambda h_BxTxD, key: draw(state, h_BxTxD, key, how)
 
-    def _sampler(
+    def token_sampler(
         self,
         *,
         temperature: float | jax.Array,
         top_k: int | None,
         top_p: float | jax.Array | None,
     ) -> Sampler:
-        """`sampler` where gathers need no sharding."""
+        """`sampler`, where no axis of the mesh that cuts tokens is Explicit."""
 
         def sample(h_BxTxD: jax.Array, key: jax.Array) -> jax.Array:
             logits_BxTxV = self._whole_logits(h_BxTxD)

@@ -123,7 +123,7 @@ class ClassVQHead(NormalizedHead):
         arrays = self._arrays()
         return self._listed(h_BxTxD, classes.entry_vectors(*arrays), arrays, k)
 
-    def _sampler(
+    def token_sampler(
         self,
         *,
         temperature: float | jax.Array,
@@ -149,7 +149,7 @@ class ClassVQHead(NormalizedHead):
             return lambda h_BxTxD, key: sampling.sample_listed(
                 *self._listed(h_BxTxD, vectors, arrays, k), key, **options
             )
-        by_logits = super()._sampler(top_k=top_k, **options)
+        by_logits = super().token_sampler(top_k=top_k, **options)
         if top_k is not None or top_p is not None:
             return by_logits
 

@@ -210,7 +210,7 @@ class MultiVQHead(Head):
         z_BxTxk, tokens_BxTxk, log_z_BxTx1 = self._listed(h_BxTxD, self._arrays(), k)
         return z_BxTxk - log_z_BxTx1, tokens_BxTxk
 
-    def _sampler(
+    def token_sampler(
         self,
         *,
         temperature: float | jax.Array,
@@ -233,7 +233,7 @@ class MultiVQHead(Head):
 
             return sample_best
         if top_p is not None or not self.closes:
-            return super()._sampler(temperature=temperature, top_k=top_k, top_p=top_p)
+            return super().token_sampler(temperature=temperature, top_k=top_k, top_p=top_p)
         bias = arrays.get("bias", jnp.zeros((self.vocab_size,), jnp.float32))
         num_codebooks, num_codes, _ = self.codebooks.shape
         draw = cell_sampler(

@@ -126,7 +126,7 @@ class VQHead(Head):
         log_z_BxTx1 = jax.nn.logsumexp(l_BxTxK + log_mass_K, axis=-1, keepdims=True)
         return z_BxTxk - log_z_BxTx1, tokens_BxTxk
 
-    def _sampler(
+    def token_sampler(
         self,
         *,
         temperature: float | jax.Array,
