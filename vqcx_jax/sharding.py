@@ -137,10 +137,24 @@ def per_device(
     Args:
         function: takes one array for each of `in_axes`, returns a tuple of as many as `out_axes`.
     """
-    if _current_axis_type() is None:
+    axis_type = _current_axis_type()
+    if axis_type is None:
         return function
-    return jax.shard_map(
+    mapped = jax.shard_map(
         function,
         in_specs=tuple(partition_spec(axes, rules) for axes in in_axes),
         out_specs=tuple(partition_spec(axes, rules) for axes in out_axes),
     )
+    if axis_type is AxisType.Auto:
+        return mapped
+
+    def laid_out(*args: Any) -> Any:
+        # With Explicit axes an argument must be laid out as it is cut.
+        pairs = zip(args, in_axes, strict=True)
+        return mapped(*(_constrain_all(x, axes, rules) for x, axes in pairs))
+
+    return laid_out
+
+
+def _constrain_all(tree: Any, axes: LogicalAxes, rules: ShardingRules) -> Any:
+    return jax.tree.map(lambda x: constrain(x, axes, rules), tree)

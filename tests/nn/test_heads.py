@@ -548,7 +548,10 @@ def test_labels_are_integers(h: jax.Array) -> None:
         (partial(FullHead, 0, 8), "vocab_size=0: must be at least 1"),
         (partial(LowRankHead, 9, 8, 0), "rank=0: must be at least 1"),
         *(
-            (partial(make, logit_soft_cap=0.0), "logit_soft_cap=0.0: must be positive or None")
+            (
+                partial(make, logit_soft_cap=0.0),
+                "logit_soft_cap=0.0: must be positive and finite, or None",
+            )
             for make in (
                 partial(FullHead, 9, 8),
                 partial(LowRankHead, 9, 8, 2),
@@ -590,3 +593,59 @@ def test_labels_of_another_shape_are_refused(kind: str, h: jax.Array) -> None:
         head.summed_nll(h, ids[:, :1], counts)
     with pytest.raises(UserError, match=f"is_token has shape {shape}"):
         head.summed_nll(h, ids, counts[:, :1])
+
+
+def test_masks_and_options_of_another_kind(h: jax.Array, targets: jax.Array) -> None:
+    """They would be taken for something else, or broadcast."""
+    for kind in WITH_EVERY_JAX:
+        head = new_head(kind)
+        with pytest.raises(UserError, match="is_token has dtype float32; it must be bool"):
+            head.summed_nll(h, targets, jnp.ones(targets.shape))
+        with pytest.raises(UserError, match=r"temperature has shape \(2, 1\); it must be a scalar"):
+            head.sample(h, jax.random.key(0), temperature=jnp.ones((2, 1)))
+        with pytest.raises(UserError, match=r"top_p has shape \(2,\); it must be a scalar"):
+            head.sample(h, jax.random.key(0), top_p=jnp.ones(2))
+        with pytest.raises(UserError, match=r"h has shape \(5, 8\); it must be \(B, T, D\)"):
+            head.log_probs(h[0], targets[0][:, None])
+
+
+@pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
+def test_no_positions(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    nll, log_z = new_head(kind).nll(h[:0], targets[:0])
+    chex.assert_shape([nll, log_z], (0, 5))
+
+
+@pytest.mark.parametrize(
+    ("own_tokens", "message"),
+    [
+        (np.zeros(0, int), r"have shape \(0,\)"),
+        (np.asarray([[1, 2]]), r"have shape \(1, 2\)"),
+        (np.asarray([1.2, 1.7]), "have dtype float64"),
+    ],
+)
+def test_own_tokens_are_a_list_of_integers(own_tokens: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=f"own_tokens {message}"):
+        MultiVQHead(codes_of(11, 2), 5, 8, own_tokens=own_tokens, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", WITH_EVERY_JAX)
+def test_hidden_states_that_are_laid_out_otherwise(kind: str) -> None:
+    """On an Explicit mesh those of a model of one's own may be whole where the rules cut them."""
+    h, targets = jax.random.normal(jax.random.key(1), (4, 2, 8)), jnp.zeros((4, 2), int)
+    expected = new_head(kind, 12).nll(h, targets)
+    with jax.set_mesh(sharding.make_mesh({"data": 4, "fsdp": 2})):
+        head = new_head(kind, 12, rules=ShardingRules(batch=("data",), embed=()))
+        actual = jax.jit(lambda head, h, targets: head.nll(h, targets))(head, h, targets)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_have_the_dtype_of_weights(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    head = new_head(kind)
+    is_token = jnp.ones(targets.shape, bool)
+
+    @nnx.grad
+    def gradient(head: Head) -> jax.Array:
+        return head.summed_nll(h.astype(jnp.bfloat16), targets, is_token)[0]
+
+    assert {x.dtype for x in jax.tree.leaves(gradient(head))} == {np.dtype(np.float32)}

@@ -12,9 +12,9 @@ from vqcx_jax.errors import UserError
 
 
 def check_cap(cap: float | None, name: str = "cap") -> None:
-    """Raises UserError unless it is positive or None."""
-    if cap is not None and not cap > 0:
-        raise UserError(f"{name}={cap}: must be positive or None")
+    """Raises UserError unless it is positive and finite, or None."""
+    if cap is not None and not 0 < cap < float("inf"):
+        raise UserError(f"{name}={cap}: must be positive and finite, or None")
 
 
 def soft_cap(product: jax.Array, cap: float | None) -> jax.Array:

@@ -96,7 +96,7 @@ class Head(nnx.Module, abc.ABC):
         Raises:
             UserError: as `nll`.
         """
-        check_shape("is_token", is_token_BxT, h_BxTxD.shape[:-1])
+        _check_mask(is_token_BxT, h_BxTxD)
         nll_BxT, log_z_BxT = self.nll(h_BxTxD, targets_BxT)
         nll = jnp.sum(jnp.where(is_token_BxT, nll_BxT, 0.0))
         z_term = z_loss * jnp.sum(jnp.where(is_token_BxT, log_z_BxT**2, 0.0))
@@ -104,6 +104,8 @@ class Head(nnx.Module, abc.ABC):
 
     def log_probs(self, h_BxTxD: jax.Array, tokens_BxTxC: jax.Array) -> jax.Array:
         """Log p of C given tokens at each position, float32 (B, T, C). Tokens as in `nll`."""
+        if h_BxTxD.ndim != 3:
+            raise UserError(f"h has shape {h_BxTxD.shape}; it must be (B, T, D)")
         num_tokens = tokens_BxTxC.shape[-1]
         check_shape("tokens", tokens_BxTxC, (*h_BxTxD.shape[:-1], num_tokens))
         if num_tokens == 0:
@@ -234,7 +236,7 @@ class Head(nnx.Module, abc.ABC):
             arrays: weights and buffers, laid out along `axes`.
         """
         check_shape("targets", targets_BxT, h_BxTxD.shape[:-1])
-        check_shape("is_token", is_token_BxT, h_BxTxD.shape[:-1])
+        _check_mask(is_token_BxT, h_BxTxD)
         labels = check_labels(constrain(targets_BxT, ROWS, self.rules), self.vocab_size)
         is_token_BxT = constrain(is_token_BxT, ROWS, self.rules)
         counts_BxT = is_token_BxT & ~labels.is_ignored & ~labels.is_invalid
@@ -251,3 +253,11 @@ class Head(nnx.Module, abc.ABC):
     def _whole_logits(self, h_BxTxD: jax.Array) -> jax.Array:
         """Logits of which every device has the whole vocabulary, which sorting needs."""
         return constrain(self.logits(h_BxTxD), HIDDEN, self.rules)
+
+
+def _check_mask(is_token: jax.Array, h: jax.Array) -> None:
+    check_shape("is_token", is_token, h.shape[:-1])
+    if is_token.dtype != bool:
+        raise UserError(
+            f"is_token has dtype {is_token.dtype}; it must be bool (weighted sums: multiply nll)"
+        )

@@ -186,6 +186,8 @@ def _cells(
 def _fold_rows(is_chosen_N: jax.Array, step: Callable[[Any, jax.Array], Any], init: Any) -> Any:
     """Carry = step(carry, rows_P) over the chosen rows, P at a time; the last filled up with N."""
     n = is_chosen_N.shape[0]
+    if n == 0:
+        return init
     num_blocks = -(-n // _BLOCK)
     (rows,) = jnp.nonzero(is_chosen_N, size=num_blocks * _BLOCK, fill_value=n)
     blocks = rows.reshape(num_blocks, _BLOCK)

@@ -39,7 +39,11 @@ def check_codes(
 
 
 def check_own_tokens(own_tokens: jax.Array | np.ndarray, vocab_size: int) -> None:
-    """Raises UserError unless they are fewer than V, distinct and in [0, V)."""
+    """Raises UserError unless they are 1 .. V - 1 distinct integers in [0, V), (T,)."""
+    if own_tokens.ndim != 1 or len(own_tokens) == 0:
+        raise UserError(f"own_tokens have shape {own_tokens.shape}; they must be one or more, (T,)")
+    if not np.issubdtype(own_tokens.dtype, np.integer):
+        raise UserError(f"own_tokens have dtype {own_tokens.dtype}; they must be integers")
     if len(own_tokens) >= vocab_size:
         raise UserError(
             f"own_tokens are {len(own_tokens)}; they must be fewer than the {vocab_size} tokens"

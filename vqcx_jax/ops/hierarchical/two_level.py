@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.checks import check_width
 from vqcx_jax.ops.hierarchical.grouping import block_size, make_blocks
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import full
@@ -48,6 +49,7 @@ def nll(h: jax.Array, weights: TwoLevelWeights, ranks: jax.Array, vocab_size: in
     Returns:
         float32 (...).
     """
+    check_width(h, weights.tokens)
     weights = jax.tree.map(lambda w: varying_like(w, h), weights)
     num_classes, size, dim = weights.tokens.shape
     h_NxD, rank_N = h.reshape(-1, dim), ranks.reshape(-1)

@@ -115,7 +115,8 @@ def divisor(temperature: jax.Array) -> jax.Array:
 
 
 def check_temperature(temperature: float | jax.Array) -> None:
-    """Raises UserError if it is known and below 0, or not finite."""
+    """Raises UserError unless it is a scalar; if it is known and below 0, or not finite."""
+    _check_scalar("temperature", temperature)
     if not are_known(temperature):
         return
     values = np.asarray(temperature)
@@ -124,8 +125,11 @@ def check_temperature(temperature: float | jax.Array) -> None:
 
 
 def check_top_p(top_p: float | jax.Array | None) -> None:
-    """Raises UserError if it is known and outside of (0, 1]."""
-    if top_p is None or not are_known(top_p):
+    """Raises UserError unless it is a scalar or None; if it is known and outside of (0, 1]."""
+    if top_p is None:
+        return
+    _check_scalar("top_p", top_p)
+    if not are_known(top_p):
         return
     values = np.asarray(top_p)
     if not np.all((values > 0) & (values <= 1)):
@@ -136,6 +140,11 @@ def check_k(k: int, vocab_size: int) -> None:
     """Raises UserError unless k is in 1 .. vocab_size."""
     if not 1 <= k <= vocab_size:
         raise UserError(f"top_k={k}: must be in 1 .. {vocab_size}")
+
+
+def _check_scalar(name: str, x: float | jax.Array) -> None:
+    if np.ndim(x):
+        raise UserError(f"{name} has shape {np.shape(x)}; it must be a scalar (or use jax.vmap)")
 
 
 def _top_k(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

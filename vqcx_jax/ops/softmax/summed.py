@@ -55,7 +55,8 @@ class _Options(NamedTuple):
     token_block: int
     vocab_block: int
     vocab_axes: tuple[str, ...]
-    dtype: Any  # Of h and weights.
+    dtype: Any  # Of h.
+    weights_dtype: Any
 
 
 def summed_nll(
@@ -108,7 +109,7 @@ def summed_nll(
     if vocab_axes:
         h = varying_like(h, weights)
     loss, nll = _sums(
-        _Options(cap, token_block, vocab_block, vocab_axes, h.dtype),
+        _Options(cap, token_block, vocab_block, vocab_axes, h.dtype, weights.dtype),
         h.reshape(-1, h.shape[-1]),
         varying_like(weights, h),
         None if bias is None else varying_like(bias, h),
@@ -247,7 +248,7 @@ def _backward(
     d_loss, _ = cotangents
     return (
         (d_loss * d_h_NxD).astype(options.dtype),
-        (d_loss * d_weights_VxD).astype(options.dtype),
+        (d_loss * d_weights_VxD).astype(options.weights_dtype),
         None if d_bias_V is None else d_loss * d_bias_V,
         None,
         None,
