@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vqcx_jax.config.schema import ShardingRules
 
@@ -37,18 +37,31 @@ def make_mesh(
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(kind,) * len(sizes), devices=devices)
 
 
-def partition_spec(axes: LogicalAxes, rules: ShardingRules) -> PartitionSpec:
-    """The mesh axes of each array dimension; None (or no rule) leaves a dimension whole."""
+def partition_spec(
+    axes: LogicalAxes, rules: ShardingRules, mesh: Mesh | AbstractMesh | None = None
+) -> PartitionSpec:
+    """The mesh axes of each array dimension; None (or no rule) leaves a dimension whole.
+
+    Args:
+        mesh: None: the current one. Axes that it has not are as axes of one device, so that heads
+            and layers work within the mesh of another program.
+    """
     entries: list[str | tuple[str, ...] | None] = []
     for axis in axes:
-        mesh_axes: tuple[str, ...] = () if axis is None else getattr(rules, axis)
-        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+        names = () if axis is None else _of_mesh(getattr(rules, axis), mesh)
+        entries.append(names[0] if len(names) == 1 else names or None)
     return PartitionSpec(*entries)
+
+
+def _of_mesh(names: tuple[str, ...], mesh: Mesh | AbstractMesh | None) -> tuple[str, ...]:
+    """Those of the axes that a mesh has; all of them without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return names if mesh.empty else tuple(name for name in names if name in mesh.axis_names)
 
 
 def mesh_axes(axis: str, rules: ShardingRules) -> tuple[str, ...]:
     """The axes of the current mesh that `per_device` cuts a logical axis over; none without one."""
-    return () if _current_axis_type() is None else getattr(rules, axis)
+    return () if _current_axis_type() is None else _of_mesh(getattr(rules, axis), None)
 
 
 def token_mesh_axes(rules: ShardingRules) -> tuple[str, ...]:
@@ -64,7 +77,7 @@ def block_index(axis: str, rules: ShardingRules) -> jax.Array | int:
 
 def named_sharding(mesh: Mesh, axes: LogicalAxes, rules: ShardingRules) -> NamedSharding:
     """The sharding of an array whose dimensions are `axes`."""
-    return NamedSharding(mesh, partition_spec(axes, rules))
+    return NamedSharding(mesh, partition_spec(axes, rules, mesh))
 
 
 def _current_axis_type() -> AxisType | None:
@@ -107,7 +120,7 @@ def take_rows(
 
 def cuts_tokens_explicitly(rules: ShardingRules) -> bool:
     """Whether the current mesh has Explicit axes, and the rules cut rows or positions over them."""
-    return _current_axis_type() is AxisType.Explicit and bool(rules.batch or rules.sequence)
+    return _current_axis_type() is AxisType.Explicit and bool(token_mesh_axes(rules))
 
 
 def by_compiler(

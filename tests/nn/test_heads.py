@@ -649,3 +649,16 @@ def test_gradients_have_the_dtype_of_weights(kind: str, h: jax.Array, targets: j
         return head.summed_nll(h.astype(jnp.bfloat16), targets, is_token)[0]
 
     assert {x.dtype for x in jax.tree.leaves(gradient(head))} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
+def test_a_mesh_with_other_axes(axis_type: str) -> None:
+    """Of another program, which cuts rows over "data" and has no axes of the other names."""
+    h, targets = jax.random.normal(jax.random.key(1), (4, 2, 8)), jnp.zeros((4, 2), int)
+    head = make_head("vq", True)
+    expected = nll_and_gradient(head, h, targets)
+    mesh = jax.make_mesh((4, 2), ("data", "x"), axis_types=(jax.sharding.AxisType[axis_type],) * 2)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P("data"))
+        actual = nll_and_gradient(make_head("vq", True), jax.device_put(h, rows), targets)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
