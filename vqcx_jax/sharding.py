@@ -126,13 +126,11 @@ def cuts_tokens_explicitly(rules: ShardingRules) -> bool:
 def by_compiler(
     function: Callable[..., Any], out_axes: LogicalAxes, rules: ShardingRules
 ) -> Callable[..., Any]:
-    """Runs `function` with Auto axes, where the current mesh has Explicit ones.
+    """Runs `function` with Auto axes, on a mesh whose axes are Explicit.
 
     For functions of many gathers, whose shardings need not be spelled out. What they use of arrays
     they must take as arguments, and what they return is laid out along `out_axes`.
     """
-    if _current_axis_type() is not AxisType.Explicit:
-        return function
     return jax.sharding.auto_axes(function, out_sharding=partition_spec(out_axes, rules))
 
 
@@ -148,7 +146,8 @@ def per_device(
     heads. This is also the form in which hand-written kernels must be called.
 
     Args:
-        function: takes one array for each of `in_axes`, returns a tuple of as many as `out_axes`.
+        function: takes one array, or a tree of them, for each of `in_axes`, and returns a tuple of
+            as many as `out_axes`. Arrays may lie on the mesh in another way than they are cut.
     """
     axis_type = _current_axis_type()
     if axis_type is None:
@@ -161,13 +160,8 @@ def per_device(
     if axis_type is AxisType.Auto:
         return mapped
 
-    def laid_out(*args: Any) -> Any:
-        # With Explicit axes an argument must be laid out as it is cut.
-        pairs = zip(args, in_axes, strict=True)
-        return mapped(*(_constrain_all(x, axes, rules) for x, axes in pairs))
+    def lay_out(tree: Any, axes: LogicalAxes) -> Any:
+        return jax.tree.map(lambda x: constrain(x, axes, rules), tree)
 
-    return laid_out
-
-
-def _constrain_all(tree: Any, axes: LogicalAxes, rules: ShardingRules) -> Any:
-    return jax.tree.map(lambda x: constrain(x, axes, rules), tree)
+    # With Explicit axes shard_map asks for arguments that lie as they are cut.
+    return lambda *args: mapped(*map(lay_out, args, in_axes))

@@ -547,6 +547,10 @@ def test_labels_are_integers(h: jax.Array) -> None:
         (partial(HuffmanHead, jnp.zeros(3, int), 8), r"paths have shape \(3,\)"),
         (partial(FullHead, 0, 8), "vocab_size=0: must be at least 1"),
         (partial(LowRankHead, 9, 8, 0), "rank=0: must be at least 1"),
+        (
+            partial(FullHead, 9, 8, logit_soft_cap=float("inf")),
+            "logit_soft_cap=inf: must be positive and finite, or None",
+        ),
         *(
             (
                 partial(make, logit_soft_cap=0.0),
@@ -662,3 +666,9 @@ def test_a_mesh_with_other_axes(axis_type: str) -> None:
         rows = jax.NamedSharding(mesh, jax.P("data"))
         actual = nll_and_gradient(make_head("vq", True), jax.device_put(h, rows), targets)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_of_another_width(kind: str, h: jax.Array, targets: jax.Array) -> None:
+    with pytest.raises(UserError, match="h has width 16; it must be 8"):
+        new_head(kind).nll(jnp.concatenate([h, h], axis=-1), targets)
