@@ -6,6 +6,7 @@ runs without a mesh, on a mesh with Auto axes and on one with Explicit axes: the
 are the only functions that know the difference.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vqcx_jax.config.schema import ShardingRules
+from vqcx_jax.errors import UserError
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -89,14 +91,31 @@ def _current_axis_type() -> AxisType | None:
 
 
 def constrain(x: jax.Array, axes: LogicalAxes, rules: ShardingRules) -> jax.Array:
-    """Lays x out along `axes`. On a weight this is the all-gather of FSDP, and its transpose."""
+    """Lays x out along `axes`. On a weight this is the all-gather of FSDP, and its transpose.
+
+    Raises:
+        UserError: a dimension that is no multiple of the devices it is cut over.
+    """
     axis_type = _current_axis_type()
     if axis_type is None:
         return x
     spec = partition_spec(axes, rules)
+    _check_divisible(x, axes, spec)
     if axis_type is AxisType.Explicit:
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _check_divisible(x: jax.Array, axes: LogicalAxes, spec: PartitionSpec) -> None:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for axis, entry, size in zip(axes, spec, x.shape, strict=False):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        devices = math.prod(sizes[name] for name in names)
+        if size % devices:
+            raise UserError(
+                f"shape {x.shape}: {axis} of {size} must be a multiple of {devices}, the devices "
+                f"of the mesh axes {', '.join(names)}"
+            )
 
 
 def einsum(
@@ -148,6 +167,9 @@ def per_device(
     Args:
         function: takes one array, or a tree of them, for each of `in_axes`, and returns a tuple of
             as many as `out_axes`. Arrays may lie on the mesh in another way than they are cut.
+
+    Raises:
+        UserError: a dimension of an argument that is no multiple of the devices it is cut over.
     """
     axis_type = _current_axis_type()
     if axis_type is None:
@@ -157,11 +179,15 @@ def per_device(
         in_specs=tuple(partition_spec(axes, rules) for axes in in_axes),
         out_specs=tuple(partition_spec(axes, rules) for axes in out_axes),
     )
-    if axis_type is AxisType.Auto:
-        return mapped
 
     def lay_out(tree: Any, axes: LogicalAxes) -> Any:
         return jax.tree.map(lambda x: constrain(x, axes, rules), tree)
 
+    def check(tree: Any, axes: LogicalAxes) -> Any:
+        spec = partition_spec(axes, rules)
+        jax.tree.map(lambda x: _check_divisible(x, axes, spec), tree)
+        return tree
+
     # With Explicit axes shard_map asks for arguments that lie as they are cut.
-    return lambda *args: mapped(*map(lay_out, args, in_axes))
+    prepare = lay_out if axis_type is AxisType.Explicit else check
+    return lambda *args: mapped(*map(prepare, args, in_axes))

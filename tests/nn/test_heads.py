@@ -11,15 +11,27 @@ import pytest
 import scipy.special
 import scipy.stats
 from flax import nnx
+from head_kinds import (
+    ASSIGNMENT,
+    CAP,
+    CAPPED,
+    COUNTS,
+    KINDS,
+    KINDS_AND_CAPS,
+    KINDS_AND_SEVERAL,
+    NORMALIZED,
+    WITH_EVERY_JAX,
+    codes_of,
+    make_head,
+    new_head,
+    nll_and_gradient,
+    with_cap,
+)
 from jax.experimental import checkify
-from versions import oldest_jax
 
-from vqcx_jax import sharding
-from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import (
     AdaptiveHead,
-    ClassVQHead,
     FullHead,
     Head,
     HuffmanHead,
@@ -29,90 +41,8 @@ from vqcx_jax.nn import (
     VQHead,
     functional,
 )
-from vqcx_jax.nn.heads import LearnedVQHead
-from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import huffman_paths
 from vqcx_jax.ops.labels import IGNORE_ID
-
-ASSIGNMENT = jnp.asarray([0, 2, 2, 1, 0, 4, 4, 4, 1, 2, 0])  # Code 3 is empty.
-COUNTS = np.asarray([50, 3, 9, 1, 0, 7, 7, 2, 0, 30, 4])
-RANKS = np.argsort(np.argsort(-COUNTS, kind="stable")).astype(np.int32)
-CAP = 1.5  # Products reach 4 and more.
-# Kinds with a cap, and those whose logits are log-probabilities.
-CAPPED = ("vq", "full", "streamed", "low_rank")
-NORMALIZED = ("adaptive", "two_level", "huffman", "class_vq")
-KINDS = CAPPED + NORMALIZED
-# Of several codebooks. More of them is tested in test_multi_vq.py and test_learned_vq.py.
-SEVERAL = ("two_codebooks", "own_and_product", "learned")
-KINDS_AND_SEVERAL = [*KINDS, *(pytest.param(kind, marks=oldest_jax) for kind in SEVERAL)]
-WITH_EVERY_JAX = ("vq", "class_vq", "full")
-KINDS_AND_CAPS = [(kind, None) for kind in KINDS] + [(kind, CAP) for kind in CAPPED]
-
-
-def new_head(
-    kind: str,
-    vocab_size: int = 11,
-    token_bias: bool = True,
-    dtype: Any = jnp.float32,
-    **options: Any,
-) -> Head:
-    """A head of width 8 with its initial values."""
-    options["rngs"] = nnx.Rngs(0)
-    if kind in CAPPED:
-        options |= {"token_bias": token_bias, "dtype": dtype}
-    ranks, counts = (np.resize(RANKS, vocab_size), np.resize(COUNTS, vocab_size))
-    if vocab_size > len(RANKS):
-        ranks = np.arange(vocab_size)[::-1]
-    match kind:
-        case "vq":
-            return VQHead(jnp.resize(ASSIGNMENT, vocab_size), 5, 8, **options)
-        case "full":
-            return FullHead(vocab_size, 8, **options)
-        case "streamed":
-            return FullHead(vocab_size, 8, implementation="streamed", **options)
-        case "low_rank":
-            return LowRankHead(vocab_size, 8, 6, **options)
-        case "adaptive":
-            options |= {"div_value": 2.0, "dtype": dtype, "frequency_rank": ranks}
-            return AdaptiveHead(vocab_size, 8, (3, 7), head_bias=token_bias, **options)
-        case "two_level":
-            return TwoLevelHead(vocab_size, 8, bias=token_bias, frequency_rank=ranks, **options)
-        case "huffman":
-            return HuffmanHead(jnp.asarray(huffman_paths(counts)), 8, bias=token_bias, **options)
-        case "class_vq":
-            tokens = classes.arrange(np.arange(vocab_size) % 4 - 1, 3)  # 0, 4 and 8 are frequent.
-            codes = jnp.stack([jnp.resize(ASSIGNMENT, vocab_size + 3)] * 2, axis=1).at[:, 1].add(-1)
-            codes %= 5
-            options |= {"token_bias": token_bias, "token_scale": True, "dtype": dtype}
-            return ClassVQHead(tokens, codes, 5, 8, **options)
-        case "two_codebooks":
-            return MultiVQHead(codes_of(vocab_size, 2), 5, 8, **options)
-        case "own_and_product":
-            options |= {"form": "product", "own_tokens": jnp.asarray([1, 6]), "token_scale": True}
-            return MultiVQHead(codes_of(vocab_size, 4), 5, 8, **options)
-        case "learned":
-            options |= {"form": "product", "num_candidates": 3}
-            return LearnedVQHead(codes_of(vocab_size, 4), 5, 8, **options)
-    raise ValueError(kind)
-
-
-def codes_of(vocab_size: int, num_codebooks: int) -> jax.Array:
-    token, codebook = jnp.arange(vocab_size)[:, None], jnp.arange(num_codebooks)
-    return (jnp.resize(ASSIGNMENT, vocab_size)[:, None] + token * codebook) % 5
-
-
-def with_cap(kind: str, cap: float | None) -> dict[str, Any]:
-    return {"logit_soft_cap": cap} if kind in CAPPED else {}
-
-
-def make_head(kind: str, token_bias: bool, dtype: Any = jnp.float32, **options: Any) -> Head:
-    """A head whose every parameter is random, biases too."""
-    graphdef, params, buffers = functional.split(new_head(kind, 11, token_bias, dtype, **options))
-    rng = np.random.default_rng(4)
-    params = jax.tree.map(
-        lambda p: jnp.asarray(0.7 * rng.standard_normal(p.shape), p.dtype), params
-    )
-    return nnx.merge(graphdef, params, buffers)
 
 
 @pytest.fixture(scope="module")
@@ -281,65 +211,6 @@ def test_sampler_is_sample(kind: str, h: jax.Array) -> None:
     assert not np.array_equal(first, second)
     again = head.sample(h, jax.random.key(1), temperature=1.5, top_k=7)
     np.testing.assert_array_equal(second, again)
-
-
-@jax.jit
-def top_4(head: Head, h: jax.Array) -> Any:
-    return head.top_k(h, 4)
-
-
-@jax.jit
-def samples(head: Head, h: jax.Array) -> Any:
-    options: tuple[Any, ...] = ({}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9})
-    return [head.sample(h, jax.random.key(0), **o) for o in options]
-
-
-@pytest.mark.parametrize(
-    ("kind", "axis_type"),
-    [
-        *((kind, "explicit") for kind in WITH_EVERY_JAX),
-        *(
-            pytest.param(kind, "explicit", marks=oldest_jax)
-            for kind in (*KINDS, *SEVERAL)
-            if kind not in WITH_EVERY_JAX
-        ),
-        ("vq", "auto"),
-        ("full", "auto"),
-    ],
-)
-def test_top_k_and_samples_on_a_mesh(kind: str, axis_type: str) -> None:
-    """Of a batch that is sharded as in training; samples also of a whole one, and of cut rows."""
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
-    h = jax.random.normal(jax.random.key(1), (4, 2, 8))
-    cases = [(top_4, ShardingRules()), (samples, ShardingRules())]
-    if kind in WITH_EVERY_JAX:
-        cases.append((samples, ShardingRules(batch=())))
-    if kind == "vq":
-        cases.append((samples, ShardingRules(batch=(), sequence=("tensor",))))
-    for function, rules in cases:
-        head = new_head(kind, 12, rules=rules)
-        expected = function(head, h)
-        graphdef, *arrays = functional.split(head)
-        with jax.set_mesh(mesh):
-            arrays = jax.device_put(tuple(arrays), functional.shardings(head, mesh, rules))
-            batch = sharding.named_sharding(mesh, ("batch", "sequence", None), rules)
-            actual = function(nnx.merge(graphdef, *arrays), jax.device_put(h, batch))
-        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
-        if function is samples and axis_type == "explicit":
-            rows = sharding.named_sharding(mesh, ("batch", "sequence"), rules)
-            assert all(x.sharding.is_equivalent_to(rows, x.ndim) for x in actual)
-
-
-@jax.jit
-def nll_and_gradient(head: Head, h: jax.Array, targets: jax.Array) -> Any:
-    graphdef, params, buffers = functional.split(head)
-
-    def loss(params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
-        nll, log_z = nnx.merge(graphdef, params, buffers).nll(h, targets)
-        return (nll + 0.1 * log_z**2).sum(), (nll, log_z)
-
-    gradients, outputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, h)
-    return outputs, gradients
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -545,7 +416,22 @@ def test_labels_are_integers(h: jax.Array) -> None:
             "paths hold 9: must be in 0 .. 4",
         ),
         (partial(HuffmanHead, jnp.zeros(3, int), 8), r"paths have shape \(3,\)"),
+        (
+            partial(HuffmanHead, jnp.asarray([[1, 0], [1, 0], [2, 0]]), 8),
+            "paths: are of no tree, the probabilities of all 3 tokens add up to",
+        ),
+        (partial(HuffmanHead, huffman_paths(COUNTS), 0), "dim=0: must be at least 1"),
         (partial(FullHead, 0, 8), "vocab_size=0: must be at least 1"),
+        (partial(TwoLevelHead, 0, 8), "vocab_size=0: must be at least 1"),
+        (partial(TwoLevelHead, 9, 0), "dim=0: must be at least 1"),
+        (partial(AdaptiveHead, 11, 0, (3,)), "dim=0: must be at least 1"),
+        *(
+            (partial(AdaptiveHead, 11, 8, (3,), div_value=value), f"div_value={value}: must be at")
+            for value in (0, 0.5, float("inf"), float("nan"))
+        ),
+        (partial(VQHead, jnp.zeros(9, int), 4, 0), "dim=0: must be at least 1"),
+        (partial(VQHead, jnp.zeros(9, int), 0, 8), "num_codes=0: must be at least 1"),
+        (partial(MultiVQHead, jnp.zeros((9, 0), int), 4, 8), "num_codebooks=0: must be at least 1"),
         (partial(LowRankHead, 9, 8, 0), "rank=0: must be at least 1"),
         (
             partial(FullHead, 9, 8, logit_soft_cap=float("inf")),
@@ -579,6 +465,15 @@ def test_nan_is_some_token_when_greedy(kind: str, h: jax.Array) -> None:
     chex.assert_trees_all_equal(tokens[1:], head.top_k(h[1:], 1)[1][..., 0])
 
 
+@pytest.mark.parametrize("kind", WITH_EVERY_JAX)
+def test_a_nucleus_of_no_mass_under_jit(kind: str, h: jax.Array) -> None:
+    """Where top_p is not known it can be below what is accepted, and the best token is left."""
+    head = make_head(kind, True)
+    draw = jax.jit(lambda head, top_p: head.sample(h, jax.random.key(0), top_p=top_p))
+    for top_p in (0.0, -1.0):
+        np.testing.assert_array_equal(draw(head, top_p), head.top_k(h, 1)[1][..., 0])
+
+
 @pytest.mark.parametrize("kind", ["vq", "full", "class_vq"])
 def test_temperature_below_0_is_refused(kind: str, h: jax.Array) -> None:
     with pytest.raises(UserError, match="temperature=-1.0: must be at least 0"):
@@ -609,6 +504,9 @@ def test_masks_and_options_of_another_kind(h: jax.Array, targets: jax.Array) -> 
             head.sample(h, jax.random.key(0), temperature=jnp.ones((2, 1)))
         with pytest.raises(UserError, match=r"top_p has shape \(2,\); it must be a scalar"):
             head.sample(h, jax.random.key(0), top_p=jnp.ones(2))
+        for k in (2.0, jnp.asarray(2)):
+            with pytest.raises(UserError, match="top_k=2.*: must be an integer, known before"):
+                head.sample(h, jax.random.key(0), top_k=k)
         with pytest.raises(UserError, match=r"h has shape \(5, 8\); it must be \(B, T, D\)"):
             head.log_probs(h[0], targets[0][:, None])
 
@@ -632,17 +530,6 @@ def test_own_tokens_are_a_list_of_integers(own_tokens: np.ndarray, message: str)
         MultiVQHead(codes_of(11, 2), 5, 8, own_tokens=own_tokens, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("kind", WITH_EVERY_JAX)
-def test_hidden_states_that_are_laid_out_otherwise(kind: str) -> None:
-    """On an Explicit mesh those of a model of one's own may be whole where the rules cut them."""
-    h, targets = jax.random.normal(jax.random.key(1), (4, 2, 8)), jnp.zeros((4, 2), int)
-    expected = new_head(kind, 12).nll(h, targets)
-    with jax.set_mesh(sharding.make_mesh({"data": 4, "fsdp": 2})):
-        head = new_head(kind, 12, rules=ShardingRules(batch=("data",), embed=()))
-        actual = jax.jit(lambda head, h, targets: head.nll(h, targets))(head, h, targets)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_have_the_dtype_of_weights(kind: str, h: jax.Array, targets: jax.Array) -> None:
     head = new_head(kind)
@@ -653,19 +540,6 @@ def test_gradients_have_the_dtype_of_weights(kind: str, h: jax.Array, targets: j
         return head.summed_nll(h.astype(jnp.bfloat16), targets, is_token)[0]
 
     assert {x.dtype for x in jax.tree.leaves(gradient(head))} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
-def test_a_mesh_with_other_axes(axis_type: str) -> None:
-    """Of another program, which cuts rows over "data" and has no axes of the other names."""
-    h, targets = jax.random.normal(jax.random.key(1), (4, 2, 8)), jnp.zeros((4, 2), int)
-    head = make_head("vq", True)
-    expected = nll_and_gradient(head, h, targets)
-    mesh = jax.make_mesh((4, 2), ("data", "x"), axis_types=(jax.sharding.AxisType[axis_type],) * 2)
-    with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, jax.P("data"))
-        actual = nll_and_gradient(make_head("vq", True), jax.device_put(h, rows), targets)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -215,7 +215,7 @@ def _check_form(head: VQHead, embed_dim: int) -> None:
             "model.head.assignment",
             head.assignment,
             "must be 'random', 'cooccurrence' or 'file' for "
-            f"model.head.num_codebooks={head.num_codebooks}",
+            f"model.head.num_codebooks={head.num_codebooks} (kept when only the kind changes)",
         )
     if head.tied and head.num_codebooks == 1:
         _fail("model.head.tied", True, "needs model.head.num_codebooks of 2 or more")

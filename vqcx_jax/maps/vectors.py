@@ -58,10 +58,11 @@ def cooccurrence_vectors(
 
 
 def load_vectors(path: Path, vocab_size: int) -> np.ndarray:
-    """Reads an .npy file of one row per token. Numbers (V, D).
+    """Reads an .npy file of one row per token: float32 (V, D).
 
     Raises:
-        DataError: not such a file, another number of rows, or values that are not finite.
+        DataError: not such a file, another number of rows, rows of no width, or values that are not
+            finite as float32.
     """
     try:
         with path.open("rb") as file:
@@ -72,13 +73,15 @@ def load_vectors(path: Path, vocab_size: int) -> np.ndarray:
         raise DataError(f"vectors={str(path)!r}: not a readable .npy file") from error
     if vectors.dtype.kind not in "fiu":
         raise DataError(f"vectors={str(path)!r} has dtype {vectors.dtype}: expected numbers")
-    if vectors.ndim != 2 or vectors.shape[0] != vocab_size:
+    if vectors.ndim != 2 or vectors.shape[0] != vocab_size or vectors.shape[1] == 0:
         raise DataError(
             f"vectors={str(path)!r} has shape {vectors.shape}: "
             f"expected one row a token, ({vocab_size}, D)"
         )
+    with np.errstate(over="ignore"):
+        vectors = vectors.astype(np.float32)
     if not np.isfinite(vectors).all():
-        raise DataError(f"vectors={str(path)!r}: must not contain NaN or infinity")
+        raise DataError(f"vectors={str(path)!r}: must not contain NaN, infinity or more in float32")
     return vectors
 
 

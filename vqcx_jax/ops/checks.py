@@ -38,16 +38,22 @@ def check_per_token(name: str, x: jax.Array | None, vocab_size: int) -> None:
         )
 
 
-def check_targets(targets: jax.Array | np.ndarray, vocab_size: int, shape: tuple[int, ...]) -> None:
+def check_targets(
+    targets: jax.Array | np.ndarray,
+    vocab_size: int,
+    shape: tuple[int, ...],
+    name: str = "targets",
+) -> None:
     """Raises UserError unless targets are integers of this shape, that of the hidden states but D.
 
-    So it does where values are known and not in [0, vocab_size). Operations take tokens alone;
-    labels that are to be ignored are for `ops.labels`.
+    So it does where values are known and not in [0, vocab_size); under jit losses of such targets
+    are NaN, see `ops.labels.nan_unless_tokens`. Operations take tokens alone; labels that are to be
+    ignored are for heads, or for `ops.labels.check_labels`.
     """
-    check_shape("targets", targets, shape)
+    check_shape(name, targets, shape)
     if not np.issubdtype(targets.dtype, np.integer):
-        raise UserError(f"targets have dtype {targets.dtype}; they must be integers")
-    check_range("targets", targets, vocab_size)
+        raise UserError(f"{name} have dtype {targets.dtype}; they must be integers")
+    check_range(name, targets, vocab_size)
 
 
 def check_range(name: str, x: jax.Array | np.ndarray, stop: int) -> None:

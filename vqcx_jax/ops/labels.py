@@ -46,10 +46,9 @@ def check_labels(labels: jax.Array, vocab_size: int) -> Labels:
     """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise UserError(f"labels have dtype {labels.dtype}; they must be integers")
-    # Narrow ones would wrap what they are compared with.
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    labels = _widened(labels)
     is_ignored = labels == IGNORE_ID
-    is_invalid = ((labels < 0) | (labels >= vocab_size)) & ~is_ignored
+    is_invalid = ~_are_tokens(labels, vocab_size) & ~is_ignored
     accepted = f"labels must be in 0 .. {vocab_size - 1}, or {IGNORE_ID} to be ignored"
     if not are_known(is_invalid):
         checkify.debug_check(~jnp.any(is_invalid), accepted)
@@ -57,3 +56,34 @@ def check_labels(labels: jax.Array, vocab_size: int) -> Labels:
         wrong = np.asarray(labels)[np.asarray(is_invalid)][0]
         raise UserError(f"labels hold {wrong}: {accepted}")
     return Labels(jnp.where(is_ignored | is_invalid, 0, labels), is_ignored, is_invalid)
+
+
+def nan_unless_tokens(nll: jax.Array, targets: jax.Array, vocab_size: int) -> jax.Array:
+    """Losses (...), NaN where the target (...) is not in [0, vocab_size).
+
+    For operations, which take no IGNORE_ID and see values of targets in this way alone under jit.
+    """
+    return jnp.where(_are_tokens(targets, vocab_size), nll, jnp.nan)
+
+
+def nan_if_counted(targets: jax.Array, counts: jax.Array, vocab_size: int) -> jax.Array:
+    """NaN if a target that counts is not in [0, vocab_size), else 0: for sums of losses.
+
+    Args:
+        targets: int (...). counts: bool (...).
+
+    Returns:
+        float32 ().
+    """
+    is_wrong = counts & ~_are_tokens(targets, vocab_size)
+    return jnp.where(jnp.any(is_wrong), jnp.nan, jnp.float32(0.0))
+
+
+def _are_tokens(targets: jax.Array, vocab_size: int) -> jax.Array:
+    targets = _widened(targets)
+    return (targets >= 0) & (targets < vocab_size)
+
+
+def _widened(labels: jax.Array) -> jax.Array:
+    """Narrow integers would wrap what they are compared with."""
+    return labels.astype(jnp.promote_types(labels.dtype, jnp.int32))

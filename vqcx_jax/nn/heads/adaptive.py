@@ -1,5 +1,6 @@
 """Adaptive softmax as an output layer."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.nn.heads.normalized import NormalizedHead, check_ranks, whole
 from vqcx_jax.nn.layers import fan_in_normal
 from vqcx_jax.nn.variables import Param, buffer, param
+from vqcx_jax.ops.checks import check_positive
 from vqcx_jax.ops.softmax import adaptive
 from vqcx_jax.ops.softmax.adaptive import AdaptiveWeights, Cluster
 
@@ -41,7 +43,7 @@ class AdaptiveHead(NormalizedHead):
         frequency_rank: int (V,), each token's rank, 0 the most frequent; None: tokens are in order.
 
     Raises:
-        UserError: cutoffs, widths or ranks that do not fit.
+        UserError: sizes that are not positive; cutoffs, div_value or ranks that do not fit.
     """
 
     def __init__(
@@ -57,9 +59,12 @@ class AdaptiveHead(NormalizedHead):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(vocab_size=vocab_size, dim=dim)
         bounds = [0, *cutoffs, vocab_size]
         if len(bounds) < 3 or sorted(set(bounds)) != bounds:
             raise UserError(f"cutoffs={tuple(cutoffs)}: must rise within 1 .. {vocab_size - 1}")
+        if not 1 <= div_value < math.inf:
+            raise UserError(f"div_value={div_value}: must be at least 1, and finite")
         shapes = adaptive.cluster_shapes(vocab_size, dim, cutoffs, div_value)
         if shapes[-1][1] < 1:
             raise UserError(

@@ -14,7 +14,7 @@ from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling
-from vqcx_jax.ops.checks import check_shape
+from vqcx_jax.ops.checks import check_positive, check_shape
 from vqcx_jax.ops.codebook import check_codes, class_sampling, classes
 from vqcx_jax.sharding import per_device
 
@@ -57,8 +57,9 @@ class ClassVQHead(NormalizedHead):
                 f"assignment has shape {assignment.shape}: must have {num_nodes} rows, for "
                 f"{vocab_size} tokens and {len(tokens.members)} classes"
             )
-        check_codes(assignment, num_codes, vocab_size)
         num_codebooks = assignment.shape[1]
+        check_positive(num_codebooks=num_codebooks, num_codes=num_codes, dim=dim)
+        check_codes(assignment, num_codes, vocab_size)
         if dim % num_codebooks:
             raise UserError(f"dim={dim}: must be a multiple of the {num_codebooks} codebooks")
         shape = (num_codebooks, num_codes, dim // num_codebooks)

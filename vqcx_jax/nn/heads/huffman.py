@@ -9,6 +9,7 @@ from flax import nnx
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.heads.normalized import NormalizedHead, whole
 from vqcx_jax.nn.variables import buffer, param
+from vqcx_jax.ops.checks import check_positive
 from vqcx_jax.ops.hierarchical import huffman
 
 
@@ -26,7 +27,7 @@ class HuffmanHead(NormalizedHead):
         bias: one for each of the V - 1 inner nodes.
 
     Raises:
-        UserError: paths that are not of V tokens over V - 1 nodes.
+        UserError: paths that are those of no tree of V tokens, or a width that is not positive.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class HuffmanHead(NormalizedHead):
     ):
         self.vocab_size = paths.shape[0]
         num_nodes = self.vocab_size - 1
+        check_positive(dim=dim)
         huffman.check_paths(paths)
         nodes = 0.02 * jax.random.normal(rngs.params(), (num_nodes, dim), jnp.float32)
         self.nodes = param(nodes, (None, "embed"))

@@ -26,7 +26,7 @@ from vqcx_jax.nn.heads.reassigned_vq import ReassignedVQHead
 from vqcx_jax.nn.heads.two_level import TwoLevelHead
 from vqcx_jax.nn.heads.vq import VQHead
 from vqcx_jax.ops.codebook import classes
-from vqcx_jax.ops.hierarchical import path_length
+from vqcx_jax.ops.hierarchical import huffman_paths
 
 
 def make_head(
@@ -168,10 +168,7 @@ def _hierarchical(
     options: dict[str, Any] = {"bias": head.bias, "rules": rules, "rngs": rngs}
     if head.tree == "two_level":
         return TwoLevelHead(vocab_size, dim, frequency_rank=ranks_of(token_map), **options)
-    if token_map is None:
-        paths = np.zeros((vocab_size, path_length(vocab_size)), np.int32)
-    else:
-        paths = paths_of(token_map)
+    paths = huffman_paths(np.ones(vocab_size)) if token_map is None else paths_of(token_map)
     return HuffmanHead(jnp.asarray(paths), dim, **options)
 
 

@@ -13,7 +13,7 @@ from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import device, sampling, soft_cap, softmax
-from vqcx_jax.ops.checks import check_per_token, check_shape
+from vqcx_jax.ops.checks import check_per_token, check_positive, check_shape
 from vqcx_jax.ops.codebook import check_codes, loss, multi
 from vqcx_jax.ops.codebook.cell_sampling import cell_sampler
 from vqcx_jax.ops.codebook.checks import check_own_tokens
@@ -76,6 +76,7 @@ class MultiVQHead(Head):
         if assignment.ndim != 2:
             raise UserError(f"assignment has shape {assignment.shape}; it must be (V, M)")
         vocab_size, num_codebooks = assignment.shape
+        check_positive(num_codebooks=num_codebooks, num_codes=num_codes, dim=dim)
         check_codes(assignment, num_codes)
         multi.check_form(form)
         check_cap(logit_soft_cap, "logit_soft_cap")

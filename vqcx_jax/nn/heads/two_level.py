@@ -10,6 +10,7 @@ from flax import nnx
 from vqcx_jax.config.schema import ShardingRules
 from vqcx_jax.nn.heads.normalized import NormalizedHead, check_ranks, whole
 from vqcx_jax.nn.variables import buffer, param
+from vqcx_jax.ops.checks import check_positive
 from vqcx_jax.ops.hierarchical import TwoLevelWeights, class_size, two_level
 
 
@@ -26,7 +27,8 @@ class TwoLevelHead(NormalizedHead):
         frequency_rank: int (V,), each token's rank, 0 the most frequent; None: tokens are in order.
 
     Raises:
-        UserError: frequency_rank is not a permutation of 0 .. V - 1.
+        UserError: sizes that are not positive, or a frequency_rank that is no permutation of
+            0 .. V - 1.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class TwoLevelHead(NormalizedHead):
         rules: ShardingRules | None = None,
         rngs: nnx.Rngs,
     ):
+        check_positive(vocab_size=vocab_size, dim=dim)
         size = class_size(vocab_size)
         num_classes = -(-vocab_size // size)
 

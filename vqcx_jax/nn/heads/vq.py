@@ -13,7 +13,7 @@ from vqcx_jax.nn.heads.base import Head, Sampler, named
 from vqcx_jax.nn.layers import HIDDEN, ROWS
 from vqcx_jax.nn.variables import buffer, param
 from vqcx_jax.ops import codebook, sampling, soft_cap
-from vqcx_jax.ops.checks import check_shape
+from vqcx_jax.ops.checks import check_positive, check_shape
 from vqcx_jax.ops.codebook import sampling as codebook_sampling
 from vqcx_jax.ops.soft_cap import check_cap
 from vqcx_jax.sharding import LogicalAxes, constrain, per_device
@@ -29,8 +29,8 @@ class VQHead(Head):
         implementation: "auto": kernels, on devices that have them; "xla": plain JAX alone.
 
     Raises:
-        UserError: shapes that do not fit, codes outside [0, num_codes), more codes than tokens, or
-            a cap that is not positive.
+        UserError: sizes or shapes that do not fit, codes outside [0, num_codes), more codes than
+            tokens, or a cap that is not positive.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class VQHead(Head):
     ):
         check_cap(logit_soft_cap, "logit_soft_cap")
         check_shape("assignment", assignment, assignment.shape[:1])
+        check_positive(num_codes=num_codes, dim=dim)
         codebook.check_codes(assignment, num_codes)
         check_shape("codes", codes, (num_codes, dim))
         if codes is None:

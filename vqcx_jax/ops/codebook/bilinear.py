@@ -27,6 +27,7 @@ from vqcx_jax.ops.checks import check_targets
 from vqcx_jax.ops.codebook import multi
 from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.codebook.closed_form import code_log_mass
+from vqcx_jax.ops.labels import nan_unless_tokens
 from vqcx_jax.ops.varying import varying_like
 
 _TINY = float(np.finfo(np.float32).tiny)
@@ -92,7 +93,8 @@ def nll(
 
     Raises:
         UserError: not two codebooks, assignment not (V, 2), bias not (V,), or targets are not one
-            for each position; codes or targets out of range, where they are known.
+            for each position; codes or targets out of range, where they are known (under jit nll of
+            such targets is NaN).
     """
     if len(code_logits) != 2:
         raise UserError(f"code_logits has {len(code_logits)} codebooks; the bilinear form takes 2")
@@ -101,7 +103,8 @@ def nll(
     check_codes(assignment, (l1.shape[-1], l2.shape[-1]))
     check_targets(targets, assignment.shape[0], l1.shape[:-1])
     z = log_z(code_logits, cell_log_mass(assignment, (l1.shape[-1], l2.shape[-1]), bias))
-    return z - multi.target_logits(code_logits, assignment, targets, bias), z
+    nll = z - multi.target_logits(code_logits, assignment, targets, bias)
+    return nan_unless_tokens(nll, targets, assignment.shape[0]), z
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from vqcx_jax.ops.codebook import class_order
 from vqcx_jax.ops.codebook.class_arrays import Classes, Weights, num_frequent
 from vqcx_jax.ops.codebook.class_order import FirstLevel
+from vqcx_jax.ops.sampling.nucleus import above_zero
 
 
 def in_nucleus(
@@ -34,7 +35,7 @@ def in_nucleus(
     Returns:
         bool (N,).
     """
-    top_p = jnp.asarray(top_p, jnp.float32)
+    top_p = above_zero(top_p)
     order = class_order.descent(level, classes)
     num_classes, num_ranks = classes.members.shape
     log_p_NxF = level.log_p_of_frequent

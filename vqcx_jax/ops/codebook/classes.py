@@ -28,6 +28,7 @@ from vqcx_jax.ops.codebook.class_arrays import (
 )
 from vqcx_jax.ops.codebook.members.xla import code_logits
 from vqcx_jax.ops.codebook.members.xla import logits as member_logits
+from vqcx_jax.ops.labels import nan_if_counted, nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import resident
 
@@ -60,7 +61,7 @@ def nll(
     """-log p(target | h), float32 (...), for h (..., D) and targets int (...) in [0, V).
 
     Raises UserError where targets are not one for each h, or are known and not in [0, V): -100 is
-    for heads.
+    for heads. Under jit nll of such targets is NaN.
 
     `implementation` and `product_dtype` are of the second level, see `members.nll`.
     """
@@ -75,7 +76,7 @@ def nll(
         implementation=implementation,
         product_dtype=product_dtype,
     )
-    return nll_of_entry + nll_of_member
+    return nan_unless_tokens(nll_of_entry + nll_of_member, targets, len(classes.entry_of))
 
 
 def summed_nll(
@@ -111,7 +112,8 @@ def summed_nll(
         implementation=implementation,
         product_dtype=product_dtype,
     )
-    return nll_of_entries + jnp.sum(nll_of_members)
+    invalid = nan_if_counted(targets, counts, len(classes.entry_of))
+    return nll_of_entries + jnp.sum(nll_of_members) + invalid
 
 
 def _places(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vqcx_jax.ops.checks import check_per_token, check_targets
 from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.gather import take
+from vqcx_jax.ops.labels import nan_if_counted, nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax import resident
@@ -78,7 +79,8 @@ def nll(
 
     Raises:
         UserError: bias is not (V,), targets are not one for each h, more codes than tokens; where
-            values are known, codes or targets out of range.
+            values are known, codes or targets out of range. Under jit nll of such targets is NaN;
+            codes are for `check_codes`, once, before.
     """
     num_codes = codes.shape[0]
     _check(h, codes, assignment, targets, bias)
@@ -89,7 +91,7 @@ def nll(
     target_logit = jnp.sum(jnp.where(is_target, l, 0.0), axis=-1)
     if bias is not None:
         target_logit = target_logit + take(bias.astype(jnp.float32), targets)
-    return log_z - target_logit, log_z
+    return nan_unless_tokens(log_z - target_logit, targets, assignment.shape[0]), log_z
 
 
 def summed_nll(
@@ -137,7 +139,7 @@ def summed_nll(
     of_tokens = take(log_mass_K, target_codes)
     if bias is not None:
         of_tokens = of_tokens - take(bias.astype(jnp.float32), targets)
-    total = jnp.sum(of_tokens, where=counts)
+    total = jnp.sum(of_tokens, where=counts) + nan_if_counted(targets, counts, assignment.shape[0])
     return loss + total, nll + jax.lax.stop_gradient(total)
 
 

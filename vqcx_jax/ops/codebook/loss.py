@@ -19,6 +19,7 @@ from vqcx_jax.ops.checks import check_per_token, check_targets
 from vqcx_jax.ops.codebook import bilinear, closed_form, multi, pairs, scatter, streaming
 from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.gather import take
+from vqcx_jax.ops.labels import nan_if_counted, nan_unless_tokens
 from vqcx_jax.ops.sampling import first_of_sorted
 
 
@@ -108,15 +109,17 @@ def nll(
 
     Raises:
         UserError: as `log_z`; targets are not one for each position or, where they are known, out
-            of range.
+            of range (under jit their nll is NaN).
     """
-    check_targets(targets, assignment.shape[0], code_logits[0].shape[:-1])
+    vocab_size = assignment.shape[0]
+    check_targets(targets, vocab_size, code_logits[0].shape[:-1])
     log_z_of = functools.partial(
         log_z, code_logits, assignment, implementation=implementation, product_dtype=product_dtype
     )
     if own is None:
         z = log_z_of(bias, scale)
-        return z - multi.target_logits(code_logits, assignment, targets, bias, scale), z
+        nll = z - multi.target_logits(code_logits, assignment, targets, bias, scale)
+        return nan_unless_tokens(nll, targets, vocab_size), z
     bias_V = _bias_of_all(assignment, bias)
     rest = log_z_of(_bias_of_rest(bias_V, own), scale)
     own_z = jax.nn.logsumexp(own.logits + bias_V[own.tokens], axis=-1)
@@ -126,7 +129,8 @@ def nll(
     of_own = jnp.sum(jnp.where(is_target, own.logits, 0.0), axis=-1)
     of_codes = multi.target_logits(code_logits, assignment, targets, None, scale)
     is_own = jnp.any(is_target, axis=-1)
-    return z - (jnp.where(is_own, of_own, of_codes) + bias_V[targets]), z
+    nll = z - (jnp.where(is_own, of_own, of_codes) + bias_V[targets])
+    return nan_unless_tokens(nll, targets, vocab_size), z
 
 
 def summed_nll(
@@ -159,7 +163,8 @@ def summed_nll(
 
     Raises:
         UserError: not two codebooks, bias is not (V,), targets are not one for each h, codes or
-            targets out of range where they are known, and as `pairs.summed_nll`.
+            targets out of range where they are known (under jit sums are NaN if such targets
+            count), and as `pairs.summed_nll`.
     """
     multi.check_assignment(codebooks, assignment)
     if len(codebooks) != 2:
@@ -183,10 +188,10 @@ def summed_nll(
         cap=cap,
         implementation=implementation,
     )
-    if bias is None:
-        return loss, nll
-    total = jnp.sum(take(bias.astype(jnp.float32), targets), where=counts)
-    return loss - total, nll - jax.lax.stop_gradient(total)
+    total = nan_if_counted(targets, counts, assignment.shape[0])
+    if bias is not None:
+        total = total - jnp.sum(take(bias.astype(jnp.float32), targets), where=counts)
+    return loss + total, nll + jax.lax.stop_gradient(total)
 
 
 def logits(

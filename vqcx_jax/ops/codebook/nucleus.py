@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from vqcx_jax.ops.codebook.token_table import Masses, TokenTable, mass_of_first
 from vqcx_jax.ops.sampling.float_order import first_bounds, mean_place, number_at
+from vqcx_jax.ops.sampling.nucleus import above_zero
 
 
 def nucleus(
@@ -58,6 +59,7 @@ def nucleus(
         return jax.lax.while_loop(lambda ends: jnp.any(ends[0] < ends[1]), halve, (low, high))[0]
 
     ends_of_all = jnp.broadcast_to(table.starts + table.counts, code_logits.shape)
+    top_p = above_zero(top_p)
     enough = top_p * mass(ends_of_all)
 
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -78,4 +80,4 @@ def nucleus(
     ends_of_none = jnp.broadcast_to(table.starts, code_logits.shape)
     state = *first_bounds(peak), ends_of_all, ends_of_none
     _, _, ends, _ = jax.lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, state)
-    return jnp.where(jnp.asarray(top_p) >= 1, ends_of_all, ends) - table.starts
+    return jnp.where(top_p >= 1, ends_of_all, ends) - table.starts

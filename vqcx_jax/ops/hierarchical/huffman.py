@@ -7,9 +7,11 @@ one length, see `trees.huffman_paths`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops.checks import check_range
+from vqcx_jax.ops.checks import are_known, check_range, check_targets
+from vqcx_jax.ops.labels import nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax.full import logits
 from vqcx_jax.ops.varying import varying_like
@@ -31,7 +33,12 @@ def nll(
 
     Returns:
         float32 (...).
+
+    Raises:
+        UserError: targets are not one for each h; where they are known, targets out of range (under
+            jit their nll is NaN).
     """
+    check_targets(targets, paths.shape[0], h.shape[:-1])
     step_NxL = paths[targets.reshape(-1)]
     node_NxL, sign_NxL = _decode(step_NxL)
     rows_NxLxD = varying_like(nodes, h)[node_NxL].astype(h.dtype)
@@ -39,7 +46,8 @@ def nll(
     if bias is not None:
         z_NxL = z_NxL + bias[node_NxL]
     step_nll_NxL = jnp.where(step_NxL > 0, jax.nn.softplus(-sign_NxL * z_NxL), 0.0)
-    return jnp.sum(step_nll_NxL, axis=-1).reshape(targets.shape)
+    nll = jnp.sum(step_nll_NxL, axis=-1).reshape(targets.shape)
+    return nan_unless_tokens(nll, targets, paths.shape[0])
 
 
 def log_probs(
@@ -65,11 +73,22 @@ def log_probs(
     )
 
 
-def check_paths(paths: jax.Array) -> None:
-    """Raises UserError unless paths are (V, L) and, where they are known, over V - 1 nodes."""
+def check_paths(paths: jax.Array | np.ndarray) -> None:
+    """Raises UserError unless paths are (V, L) and, where they are known, those of a tree."""
     if paths.ndim != 2:
         raise UserError(f"paths have shape {paths.shape}; they must be (V, L)")
     check_range("paths", paths, 2 * paths.shape[0] - 1)
+    if not are_known(paths):
+        return
+    # In a tree alone all tokens together have the probability 1 whatever is decided.
+    first = np.random.default_rng(0).uniform(0.2, 0.8, max(paths.shape[0] - 1, 1))
+    log_p = np.concatenate([[0.0], np.log(np.stack([first, 1 - first], axis=1)).ravel()])
+    total = np.exp(log_p[np.asarray(paths)].sum(axis=1)).sum()
+    if abs(total - 1) > 1e-6:
+        raise UserError(
+            f"paths: are of no tree, the probabilities of all {paths.shape[0]} tokens add up to "
+            f"{total:.3g}; they must be as huffman_paths makes them"
+        )
 
 
 def _decode(step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vqcx_jax.ops.checks import check_width
+from vqcx_jax.ops.checks import check_targets, check_width
 from vqcx_jax.ops.hierarchical.grouping import block_size, make_blocks
+from vqcx_jax.ops.labels import nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import full
 from vqcx_jax.ops.varying import varying_like
@@ -48,8 +49,13 @@ def nll(h: jax.Array, weights: TwoLevelWeights, ranks: jax.Array, vocab_size: in
 
     Returns:
         float32 (...).
+
+    Raises:
+        UserError: h is not as wide as the rows, or ranks are not one for each h; where they are
+            known, ranks out of range (under jit their nll is NaN).
     """
     check_width(h, weights.tokens)
+    check_targets(ranks, vocab_size, h.shape[:-1], "ranks")
     weights = jax.tree.map(lambda w: varying_like(w, h), weights)
     num_classes, size, dim = weights.tokens.shape
     h_NxD, rank_N = h.reshape(-1, dim), ranks.reshape(-1)
@@ -70,7 +76,8 @@ def nll(h: jax.Array, weights: TwoLevelWeights, ranks: jax.Array, vocab_size: in
     z_NxS = jnp.where(_is_token(num_classes, size, vocab_size)[class_N], z_NxS, -jnp.inf)
     log_p_NxS = jax.nn.log_softmax(z_NxS, axis=-1)
     token_nll_N = -jnp.take_along_axis(log_p_NxS, token_N[:, None], axis=-1)[:, 0]
-    return (class_nll_N + token_nll_N).reshape(ranks.shape)
+    nll = (class_nll_N + token_nll_N).reshape(ranks.shape)
+    return nan_unless_tokens(nll, ranks, vocab_size)
 
 
 def log_probs(h: jax.Array, weights: TwoLevelWeights, vocab_size: int) -> jax.Array:

@@ -32,7 +32,8 @@ def sample(
 
     Raises:
         UserError: top_k is not positive; where they are known, a temperature that is below 0 or
-            not finite, or a top_p outside of (0, 1].
+            not finite, or a top_p outside of (0, 1]. Under jit a temperature below 0 is as 0, and
+            such a top_p as the nearest that is accepted.
 
     Example:
         sample(logits, jax.random.key(0), temperature=0.8, top_k=50, top_p=0.95)
@@ -137,7 +138,9 @@ def check_top_p(top_p: float | jax.Array | None) -> None:
 
 
 def check_k(k: int, vocab_size: int) -> None:
-    """Raises UserError unless k is in 1 .. vocab_size."""
+    """Raises UserError unless k is an integer in 1 .. vocab_size."""
+    if not isinstance(k, int | np.integer):
+        raise UserError(f"top_k={k}: must be an integer, known before compilation")
     if not 1 <= k <= vocab_size:
         raise UserError(f"top_k={k}: must be in 1 .. {vocab_size}")
 

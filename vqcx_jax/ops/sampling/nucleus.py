@@ -18,12 +18,14 @@ def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     equals are ordered. Sums are float32: top_p is met to 1e-6 or so.
 
     Args:
-        logits: float32 (..., V). top_p: in (0, 1]; 1 keeps everything.
+        logits: float32 (..., V).
+        top_p: in (0, 1]; 1 keeps everything. Below it, as may happen under jit, the most probable
+            ids are left.
 
     Returns:
         float32 (..., V).
     """
-    top_p = jnp.asarray(top_p, jnp.float32)
+    top_p = above_zero(top_p)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
     enough = top_p * jnp.sum(weights, axis=-1, keepdims=True)
@@ -39,3 +41,8 @@ def nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     bounds = first_bounds(peak)
     low, _ = jax.lax.while_loop(lambda b: jnp.any(b[0] + 1 < b[1]), halve, bounds)
     return jnp.where((logits > number_at(low)) | (top_p >= 1), logits, -jnp.inf)
+
+
+def above_zero(top_p: float | jax.Array) -> jax.Array:
+    """top_p as float32, so far above 0 that nuclei are not empty."""
+    return jnp.maximum(jnp.asarray(top_p, jnp.float32), 1e-30)

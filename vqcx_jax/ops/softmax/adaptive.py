@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.ops.checks import check_targets
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.softmax import low_rank
 from vqcx_jax.ops.softmax.full import logits
@@ -67,11 +68,17 @@ def nll(h: jax.Array, weights: AdaptiveWeights, ranks: jax.Array) -> jax.Array:
 
     Returns:
         float32 (...).
+
+    Raises:
+        UserError: ranks are not one for each h; where they are known, ranks out of range (under jit
+            their nll is NaN).
     """
     shortlist = weights.head.shape[0] - len(weights.clusters)
     starts = [shortlist]
     for cluster in weights.clusters:
         starts.append(starts[-1] + cluster.up.shape[0])
+    check_targets(ranks, starts[-1], h.shape[:-1], "ranks")
+    # A rank of no cluster that is no row of the head either has the loss NaN, by that of its row.
     row, tail = ranks, jnp.zeros_like(h[..., 0], jnp.float32)
     for i, cluster in enumerate(weights.clusters):
         start, size = starts[i], cluster.up.shape[0]

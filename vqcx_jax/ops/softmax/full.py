@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from vqcx_jax.ops.checks import check_per_token, check_targets
+from vqcx_jax.ops.labels import nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
 
@@ -47,11 +48,12 @@ def nll(
 
     Raises:
         UserError: bias is not (V,), or targets are not one for each h, or are out of range, where
-            they are known.
+            they are known (under jit their nll is NaN).
     """
     check_targets(targets, weights.shape[0], h.shape[:-1])
     z = logits(h, weights, bias, cap=cap)
     log_z = jax.nn.logsumexp(z, axis=-1)
     # A masked sum instead of a gather: V may be sharded, and no device then holds every row.
     is_target = jnp.arange(weights.shape[0]) == targets[..., None]
-    return log_z - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1), log_z
+    nll = log_z - jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
+    return nan_unless_tokens(nll, targets, weights.shape[0]), log_z

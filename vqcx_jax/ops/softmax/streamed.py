@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops.checks import check_per_token, check_targets, check_width
+from vqcx_jax.ops.labels import nan_unless_tokens
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax.blocks import (
     VOCAB_BLOCK,
@@ -68,25 +69,27 @@ def nll(
 
     Raises:
         UserError: vocab_block is not positive, bias is not (V,), targets are not one for each h;
-            where they are known, targets out of range.
+            where they are known, targets out of range (under jit their nll is NaN).
     """
     if vocab_block < 1:
         raise UserError(f"vocab_block is {vocab_block}; it must be a positive integer")
     check_per_token("bias", bias, weights.shape[0])
     check_width(h, weights)
     check_targets(targets, weights.shape[0], h.shape[:-1])
-    shape = targets.shape
+    vocab_size, rows = weights.shape[0], targets
     if vocab_axes:
         h = varying_like(h, weights)
-        targets = targets - jax.lax.axis_index(vocab_axes) * weights.shape[0]
+        rows = targets - jax.lax.axis_index(vocab_axes) * vocab_size
+        vocab_size *= jax.lax.axis_size(vocab_axes)
     weights_VxD = varying_like(weights, h)
     bias_V = None if bias is None else varying_like(bias, h)
-    h_NxD, targets_N = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
+    h_NxD, targets_N = h.reshape(-1, h.shape[-1]), rows.reshape(-1)
     target_logit_N, log_z_N = _scores((vocab_block, cap), h_NxD, weights_VxD, bias_V, targets_N)
     if vocab_axes:
         target_logit_N = jax.lax.psum(target_logit_N, vocab_axes)
         log_z_N = _logsumexp_over(vocab_axes, log_z_N)
-    return (log_z_N - target_logit_N).reshape(shape), log_z_N.reshape(shape)
+    nll = (log_z_N - target_logit_N).reshape(targets.shape)
+    return nan_unless_tokens(nll, targets, vocab_size), log_z_N.reshape(targets.shape)
 
 
 def _logsumexp_over(mesh_axes: tuple[str, ...], x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import device
 from vqcx_jax.ops.checks import check_per_token, check_shape, check_targets, check_width
+from vqcx_jax.ops.labels import nan_if_counted
 from vqcx_jax.ops.soft_cap import soft_cap
 from vqcx_jax.ops.softmax import streamed
 from vqcx_jax.ops.softmax.blocks import (
@@ -95,7 +96,8 @@ def summed_nll(
 
     Raises:
         UserError: token_block is not positive, bias is not (V,), targets or counts are not one for
-            each h; where they are known, targets out of range.
+            each h; where they are known, targets out of range (under jit, and if they count, sums
+            are NaN).
     """
     positions, vocab_block = _block_sizes(len(weights))
     if token_block is None:
@@ -106,8 +108,10 @@ def summed_nll(
     check_width(h, weights)
     check_targets(targets, weights.shape[0], h.shape[:-1])
     check_shape("counts", counts, targets.shape)
+    vocab_size = len(weights)
     if vocab_axes:
         h = varying_like(h, weights)
+        vocab_size *= jax.lax.axis_size(vocab_axes)
     loss, nll = _sums(
         _Options(cap, token_block, vocab_block, vocab_axes, h.dtype, weights.dtype),
         h.reshape(-1, h.shape[-1]),
@@ -117,7 +121,8 @@ def summed_nll(
         counts.reshape(-1),
         varying_like(jnp.asarray(z_loss, jnp.float32), targets),
     )
-    return loss, jax.lax.stop_gradient(nll)
+    invalid = nan_if_counted(targets, counts, vocab_size)
+    return loss + invalid, jax.lax.stop_gradient(nll) + invalid
 
 
 def _block_sizes(vocab_size: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import jax
 
 from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.checks import check_shape, check_targets
+from vqcx_jax.ops.labels import nan_if_counted
 from vqcx_jax.ops.softmax.resident import tpu, xla
 
 
@@ -38,7 +39,8 @@ def summed_nll(
 
     Raises:
         UserError: the implementation that was named cannot run; targets or counts are not one for
-            each h; where they are known, targets out of range.
+            each h; where they are known, targets out of range (under jit, and if they count, sums
+            are NaN).
     """
     check_targets(targets, weights.shape[0], h.shape[:-1])
     check_shape("counts", counts, targets.shape)
@@ -47,4 +49,6 @@ def summed_nll(
         dispatch.XLA: functools.partial(xla.summed_nll, *args, cap=cap),
         dispatch.PALLAS_TPU: functools.partial(tpu.summed_nll, *args, cap=cap),
     }
-    return dispatch.run("softmax.resident.summed_nll", implementations, implementation)
+    loss, nll = dispatch.run("softmax.resident.summed_nll", implementations, implementation)
+    invalid = nan_if_counted(targets, counts, weights.shape[0])
+    return loss + invalid, nll + invalid
