@@ -114,10 +114,8 @@ def test_load_vectors(tmp_path: Path, dtype: Any) -> None:
         pytest.param(np.ones((11, 4)), r"shape \(11, 4\).*one row a token, \(12, D\)", id="rows"),
         pytest.param(np.ones(12), r"shape \(12,\).*one row a token, \(12, D\)", id="one_axis"),
         pytest.param(np.array([["a"]] * 12), "has dtype <U1: expected numbers", id="strings"),
-        pytest.param(NOT_FINITE, "must not contain NaN, infinity or more in float32", id="nan"),
-        pytest.param(
-            np.full((12, 2), 1e200), "must not contain NaN, infinity or more in float32", id="wide"
-        ),
+        pytest.param(NOT_FINITE, "must be finite as float32", id="nan"),
+        pytest.param(np.full((12, 2), 1e200), "must be finite as float32", id="wide"),
         pytest.param(np.zeros((12, 0)), "expected one row a token", id="no width"),
     ],
 )

@@ -81,7 +81,7 @@ def load_vectors(path: Path, vocab_size: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         vectors = vectors.astype(np.float32)
     if not np.isfinite(vectors).all():
-        raise DataError(f"vectors={str(path)!r}: must not contain NaN, infinity or more in float32")
+        raise DataError(f"vectors={str(path)!r}: must be finite as float32")
     return vectors
 
 

@@ -76,7 +76,7 @@ def nll(
     check_per_token("bias", bias, weights.shape[0])
     check_width(h, weights)
     check_targets(targets, weights.shape[0], h.shape[:-1])
-    vocab_size, rows = weights.shape[0], targets
+    vocab_size, rows = weights.shape[0], targets  # Rows of this device.
     if vocab_axes:
         h = varying_like(h, weights)
         rows = targets - jax.lax.axis_index(vocab_axes) * vocab_size
