@@ -68,6 +68,10 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             else f"product {num_codebooks} x {num_codes}, scale, classes",
         )
 
+    not_rotated = dataclasses.replace(
+        in_classes(64, 64), token_map="product 64 x 64, scale, classes, not rotated"
+    )
+    from_co_occurrence = from_counts(Variant({**FULL, "model.head.start": "cooccurrence"}))
     by_frequency = {"model.head.kind": "vq", "model.head.num_codes": num_codes}
     two_codebooks = {**FILE, "model.head.num_codes": half, "model.head.num_codebooks": 2}
     k_means = {**FILE, "model.head.num_codes": num_codes}
@@ -78,14 +82,10 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
         "product 64 x 16 in classes": in_classes(64, 16),
         "product 32 x 64 in classes": in_classes(32, 64),
         "product 64 x 64 in classes": in_classes(64, 64),
-        "product 64 x 64 in classes, not rotated": dataclasses.replace(
-            in_classes(64, 64), token_map="product 64 x 64, scale, classes, not rotated"
-        ),
+        "product 64 x 64 in classes, not rotated": not_rotated,
         # Also where their vectors are more than 1%.
         **({"product 16 x 256 in classes": in_classes(16, 256)} if of_product != 256 else {}),
-        "full, from co-occurrence and counts": from_counts(
-            Variant({**FULL, "model.head.start": "cooccurrence"})
-        ),
+        "full, from co-occurrence and counts": from_co_occurrence,
         "product 16, from counts": from_counts(product(16)),
         "own + additive 2, from counts": from_counts(own_additive),
         "full, from co-occurrence": Variant({**FULL, "model.head.start": "cooccurrence"}),
@@ -155,6 +155,8 @@ def variants(num_codes: int, dim: int) -> dict[str, Variant]:
             {"model.head.kind": "hierarchical", "model.head.tree": "huffman"}
         ),
         "product 16, tied": tied(product(16)),
+        "product 64 x 64 in classes, not rotated, tied": tied(not_rotated),
+        "full, tied, from co-occurrence and counts": tied(from_co_occurrence),
         **{
             f"VQ by frequency, {name}": Variant({**by_frequency, "model.head.num_codes": number})
             for name, number in _other_numbers(num_codes).items()
