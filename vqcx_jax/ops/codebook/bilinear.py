@@ -34,7 +34,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 _EPS = float(np.finfo(np.float32).eps)
 
 # Positions recomputed at a time: enough to fill an accelerator, few enough to hold K1 K2 each.
-_BLOCK = 8
+_BLOCK = 4
 
 _Residuals = tuple[jax.Array, ...]
 
