@@ -37,6 +37,7 @@ from timing import Step, compile_step, measure, number_that_fills
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import functional, heads
+from vqcx_jax.ops import codebook
 from vqcx_jax.ops.codebook import classes
 from vqcx_jax.ops.hierarchical import huffman_paths
 
@@ -60,10 +61,32 @@ def common(sizes: Sizes) -> dict[str, Any]:
     return {"dtype": jnp.dtype(sizes.dtype), "rngs": nnx.Rngs(0)}
 
 
-def vq(sizes: Sizes, token_bias: bool) -> heads.Head:
+def vq(
+    sizes: Sizes, token_bias: bool = True, kind: type[heads.VQHead] = heads.VQHead
+) -> heads.Head:
     assignment = np.random.default_rng(0).permutation(np.arange(sizes.vocab) % sizes.codes)
     options = {"token_bias": token_bias, **common(sizes)}
-    return heads.VQHead(assignment, sizes.codes, sizes.dim, **options)
+    return kind(assignment, sizes.codes, sizes.dim, **options)
+
+
+class VQInBlocks(heads.VQHead):
+    """Holds the code logits of 64 positions at a time."""
+
+    def summed_nll(
+        self, h_BxTxD: jax.Array, targets: jax.Array, counts: jax.Array, z_loss: Any = 0.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Head.summed_nll`; on one device."""
+        codes, assignment, bias = self.codes[...], self.assignment[...], self.bias[...]
+        return codebook.summed_nll(
+            h_BxTxD,
+            codes.astype(h_BxTxD.dtype),
+            assignment,
+            targets,
+            counts,
+            bias,
+            z_loss,
+            token_block=64,
+        )
 
 
 def two_codebooks(sizes: Sizes) -> heads.Head:
@@ -130,7 +153,8 @@ HEADS: dict[str, tuple[Callable[[Sizes], heads.Head], bool]] = {
     ),
     "hierarchical, Huffman": (huffman, True),
     "VQ M=1, no bias": (lambda s: vq(s, token_bias=False), False),
-    "VQ M=1": (lambda s: vq(s, token_bias=True), False),
+    "VQ M=1": (vq, False),
+    "VQ M=1, 64 positions at a time": (lambda s: vq(s, kind=VQInBlocks), False),
     "VQ M=2, sqrt(V) codes each": (two_codebooks, False),
     "VQ M=2 and own vectors, K in all": (own_and_two_codebooks, False),
     "VQ product M=16 in classes": (lambda s: product_in_classes(s, 16, 256), False),

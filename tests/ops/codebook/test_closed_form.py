@@ -1,6 +1,7 @@
 """The closed form of VQ-Logits against its definition, in values and gradients."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from jax.test_util import check_grads
 from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
-from vqcx_jax.ops import codebook
+from vqcx_jax.ops import codebook, softmax
 from vqcx_jax.ops.codebook import reference
 
 # As users compile it.
@@ -180,6 +182,93 @@ def test_tokens_with_bias_minus_infinity_are_impossible() -> None:
     )
 
 
+def sums_and_gradients(summed_nll: Callable[..., Any]) -> Callable[..., Any]:
+    """(loss, nll) of every second position, and gradients of the loss."""
+
+    def function(inputs: Inputs) -> Any:
+        counts = jnp.arange(inputs.targets.size).reshape(inputs.targets.shape) % 2 == 0
+
+        def outputs(h: jax.Array, codes: jax.Array, bias: jax.Array | None) -> Any:
+            return summed_nll(h, codes, inputs.assignment, inputs.targets, counts, bias, 0.1)
+
+        loss, vjp, nll = jax.vjp(outputs, inputs.h, inputs.codes, inputs.bias, has_aux=True)
+        return (loss, nll), vjp(jnp.ones_like(loss))
+
+    return function
+
+
+def summed_reference(
+    h: Any, codes: Any, assignment: Any, targets: Any, counts: Any, bias: Any, z_loss: float
+) -> Any:
+    nll, log_z = reference.nll(h, codes, assignment, targets, bias)
+    total = jnp.sum(nll, where=counts)
+    return total + z_loss * jnp.sum(log_z**2, where=counts), total
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "token_block"),
+    [("smallest", 3), ("ragged", 4), ("ragged_no_bias", 1), ("empty_codes", 4), ("large_bias", 6)],
+)
+def test_sums_in_blocks_of_positions(
+    name: str, token_block: int, dtype: Any, in_float64: Any, assert_as_good_as: Any
+) -> None:
+    x = make(CASES[name], dtype)
+    in_blocks = partial(codebook.summed_nll, token_block=token_block)
+    values, gradients = jax.jit(sums_and_gradients(in_blocks))(x)
+    true_values, true_gradients = in_float64(sums_and_gradients(summed_reference), x)
+    chex.assert_trees_all_close(values, true_values, rtol=1e-5)
+    plain = true_gradients  # For float32, where the limit is 1e-5 of the largest number.
+    if dtype == jnp.bfloat16:
+        plain = jax.jit(sums_and_gradients(summed_reference))(x)[1]
+    assert_as_good_as(plain, gradients, true_gradients)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradients, (x.h, x.codes, x.bias))
+
+
+def test_memory_of_blocks() -> None:
+    """At the sizes of benchmarks/output_layer.py 1/43 of a full softmax's, as users compile it.
+
+    With the compiler flags of tests on the oldest jax 1/36.
+    """
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def temporary_bytes(summed_nll: Callable[..., Any], num_rows: int, *others: Any) -> int:
+        step = jax.value_and_grad(summed_nll, (0, 1, 2), has_aux=True)
+        args = shape(num_positions, 256), shape(num_rows, 256), shape(50_257), *others
+        return int(jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes)
+
+    def of_full(h: Any, weights: Any, bias: Any, targets: Any, counts: Any) -> Any:
+        return softmax.summed_nll(h, weights, targets, counts, bias)
+
+    def of_codes(h: Any, codes: Any, bias: Any, *others: Any, **options: Any) -> Any:
+        targets, counts, assignment = others
+        return codebook.summed_nll(h, codes, assignment, targets, counts, bias, **options)
+
+    num_positions = 512
+    labels = shape(num_positions, dtype=jnp.int32), shape(num_positions, dtype=bool)
+    full = temporary_bytes(of_full, 50_257, *labels)
+    assignment = shape(50_257, dtype=jnp.int32)
+    in_blocks = partial(of_codes, token_block=64)
+    assert 30 * temporary_bytes(in_blocks, 503, *labels, assignment) <= full
+    assert 30 * temporary_bytes(of_codes, 503, *labels, assignment) > full
+
+
+def test_derivatives_of_log_mass() -> None:
+    """The first and second, forward and reverse, against finite differences."""
+    rng = np.random.default_rng(0)
+    assignment = jnp.asarray([0, 0, 1, 3, 3, 3])  # Code 2 is empty.
+    weights = jnp.asarray(rng.standard_normal(4)).at[2].set(0.0)
+
+    def function(bias: jax.Array) -> jax.Array:
+        s = codebook.code_log_mass(assignment, 4, bias)
+        return jnp.sum(jnp.where(jnp.isfinite(s), weights * s**2, 0.0))
+
+    bias = jnp.asarray(rng.standard_normal(6), jnp.float32)
+    check_grads(function, (bias,), order=2, atol=0.02, rtol=0.02, eps=1e-2)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_nan_stays_at_its_position(has_bias: bool) -> None:
     x = make(CASES["ragged"])
@@ -252,6 +341,22 @@ def test_what_does_not_fit_is_refused(change: dict[str, jax.Array], message: str
     if "counts" not in change:
         with pytest.raises(UserError, match=message):
             codebook.nll(**given)
+
+
+def test_blocks_have_no_kernel() -> None:
+    given = (
+        jnp.ones((1, 4)),
+        jnp.ones((2, 4)),
+        jnp.arange(9) % 2,
+        jnp.ones(1, int),
+        jnp.ones(1, bool),
+    )
+    with pytest.raises(
+        UserError, match="implementation='pallas_tpu': must be 'xla' or None, as token_"
+    ):
+        codebook.summed_nll(*given, token_block=4, implementation="pallas_tpu")
+    with pytest.raises(UserError, match="token_block is 0; it must be a positive integer"):
+        codebook.summed_nll(*given, token_block=0)
 
 
 def test_arrays_of_numpy() -> None:

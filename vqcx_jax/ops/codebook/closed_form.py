@@ -6,16 +6,21 @@ With l = codes . h and z_v = l[assignment[v]] + bias[v],
 Everything here is float32 from the code logits on, whatever the dtype of h and codes.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from vqcx_jax.errors import UserError
+from vqcx_jax.ops import dispatch
 from vqcx_jax.ops.checks import check_per_token, check_targets
 from vqcx_jax.ops.codebook.checks import check_codes
 from vqcx_jax.ops.gather import take
 from vqcx_jax.ops.labels import nan_if_counted, nan_unless_tokens
 from vqcx_jax.ops.product import product
 from vqcx_jax.ops.soft_cap import soft_cap
-from vqcx_jax.ops.softmax import resident
+from vqcx_jax.ops.softmax import resident, summed
 
 
 def code_logits(h: jax.Array, codes: jax.Array) -> jax.Array:
@@ -48,13 +53,33 @@ def code_log_mass(
     check_per_token("bias", bias, assignment.shape[0])
     if bias is None:
         bias = jnp.zeros(assignment.shape, jnp.float32)
-    bias = bias.astype(jnp.float32)
-    # Subtracting each code's own maximum keeps exp() in range; it is a constant for the gradient.
-    peak = jax.lax.stop_gradient(jax.ops.segment_max(bias, assignment, num_codes))
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    mass = jax.ops.segment_sum(jnp.exp(bias - take(peak, assignment)), assignment, num_codes)
-    occupied = mass > 0
-    return jnp.where(occupied, jnp.log(jnp.where(occupied, mass, 1.0)) + peak, -jnp.inf)
+    return _log_mass(bias.astype(jnp.float32), assignment, num_codes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_mass(bias_V: jax.Array, assignment_V: jax.Array, num_codes: int) -> jax.Array:
+    # Subtracting each code's own maximum keeps exp() in range.
+    peak_K = jax.ops.segment_max(bias_V, assignment_V, num_codes)
+    peak_K = jnp.where(jnp.isfinite(peak_K), peak_K, 0.0)
+    e_V = jnp.exp(bias_V - take(peak_K, assignment_V))
+    mass_K = jax.ops.segment_sum(e_V, assignment_V, num_codes)
+    occupied_K = mass_K > 0
+    return jnp.where(occupied_K, jnp.log(jnp.where(occupied_K, mass_K, 1.0)) + peak_K, -jnp.inf)
+
+
+@_log_mass.defjvp
+def _(num_codes: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Of code k, sum of p(v | k) d bias_v, p = exp(bias - s): nothing of V numbers is kept."""
+    bias_V, assignment_V = primals
+    s_K = _log_mass(bias_V, assignment_V, num_codes)
+
+    @jax.checkpoint
+    def along(bias_V: jax.Array, s_K: jax.Array, d_bias_V: jax.Array) -> jax.Array:
+        s_V = take(s_K, assignment_V)
+        p_V = jnp.where(s_V > -jnp.inf, jnp.exp(bias_V - s_V), 0.0)
+        return jax.ops.segment_sum(p_V * d_bias_V, assignment_V, num_codes)
+
+    return s_K, along(bias_V, s_K, tangents[0])
 
 
 def nll(
@@ -104,6 +129,7 @@ def summed_nll(
     z_loss: float | jax.Array = 0.0,
     *,
     cap: float | None = None,
+    token_block: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of nll + z_loss log(Z)^2, and of nll, over the positions that count.
@@ -115,27 +141,30 @@ def summed_nll(
     Args:
         counts: bool (...), which positions count.
         z_loss: coefficient of log(Z)^2.
+        token_block: positions whose K logits are held at a time, for less memory in more time, see
+            `softmax.summed_nll`; it has no kernel. None: all of them.
         implementation: of `softmax.resident.summed_nll`. Others as in `nll`.
 
     Returns:
         loss, nll: float32 (). nll is there to be reported; its gradient is zero.
 
     Raises:
-        UserError: as `nll`, and as `softmax.resident.summed_nll`.
+        UserError: as `nll`, and as `softmax.resident.summed_nll`; token_block is not positive, or a
+            kernel is asked for with it.
     """
     _check(h, codes, assignment, targets, bias)
+    if token_block is not None and implementation not in (None, dispatch.XLA):
+        raise UserError(
+            f"implementation={implementation!r}: must be 'xla' or None, as token_block is "
+            f"{token_block}"
+        )
     log_mass_K = code_log_mass(assignment, codes.shape[0], bias)
     target_codes = take(assignment, targets)
-    loss, nll = resident.summed_nll(
-        h,
-        codes,
-        target_codes,
-        counts,
-        log_mass_K,
-        z_loss,
-        cap=cap,
-        implementation=implementation,
-    )
+    args = (h, codes, target_codes, counts, log_mass_K, z_loss)
+    if token_block is None:
+        loss, nll = resident.summed_nll(*args, cap=cap, implementation=implementation)
+    else:
+        loss, nll = summed.summed_nll(*args, cap=cap, token_block=token_block)
     of_tokens = take(log_mass_K, target_codes)
     if bias is not None:
         of_tokens = of_tokens - take(bias.astype(jnp.float32), targets)

@@ -165,8 +165,10 @@ def _forward(
         targets_N = targets_N - jax.lax.axis_index(options.vocab_axes) * len(weights_VxD)
 
     def add_positions(
-        d_rows: _Rows, block: tuple[jax.Array, ...]
-    ) -> tuple[_Rows, tuple[jax.Array, ...]]:
+        carry: tuple[_Rows, jax.Array], position: tuple[jax.Array, tuple[jax.Array, ...]]
+    ) -> tuple[tuple[_Rows, jax.Array], tuple[jax.Array, jax.Array]]:
+        d_rows, d_h_NxD = carry
+        start, block = position
         h_PxD, targets_P, counts_P = block
         scores, products_VxP = _scores_and_products(options, rows, h_PxD, targets_P)
         scores = scores.over(options.vocab_axes)
@@ -175,16 +177,22 @@ def _forward(
         d_h_PxD, d_rows = _add_gradients(
             options, rows, block, scores, products_VxP, slope_P, d_rows
         )
-        return d_rows, (log_z_P - scores.target, log_z_P, d_h_PxD)
+        return (d_rows, write(d_h_NxD, d_h_PxD, start)), (log_z_P - scores.target, log_z_P)
 
-    zeros = (
+    d_rows = (
         jnp.zeros_like(weights_VxD, jnp.float32),
         None if bias_V is None else jnp.zeros_like(bias_V),
     )
     num_blocks = -(-len(h_NxD) // options.token_block)
     blocks = tuple(_in_blocks(x, num_blocks) for x in (h_NxD, targets_N, counts_N))
-    d_rows, of_blocks = jax.lax.scan(add_positions, zeros, blocks)
-    nll_N, log_z_N, d_h_NxD = (x.reshape(-1, *x.shape[2:])[: len(h_NxD)] for x in of_blocks)
+    size = blocks[0].shape[1]
+    # Written where it lies: what a scan stacks would be copied once more.
+    d_h_NxD = jnp.zeros_like(h_NxD, jnp.float32, shape=(num_blocks * size, h_NxD.shape[1]))
+    (d_rows, d_h_NxD), (nll_N, log_z_N) = jax.lax.scan(
+        add_positions, (d_rows, d_h_NxD), (size * jnp.arange(num_blocks), blocks)
+    )
+    nll_N, log_z_N = (x.reshape(-1)[: len(h_NxD)] for x in (nll_N, log_z_N))
+    d_h_NxD = d_h_NxD[: len(h_NxD)]
     nll = jnp.sum(nll_N, where=counts_N)
     squares = jnp.sum(log_z_N**2, where=counts_N)
     return (nll + z_loss * squares, nll), (d_h_NxD, d_rows, squares)
