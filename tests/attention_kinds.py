@@ -45,6 +45,22 @@ KINDS: dict[str, schema.AttentionConfig] = {
     "nope": schema.NopeAttention(),
 }
 
+# What whole models are tested with, not what differs from another in parameters or frequencies.
+WHOLE_MODELS = [
+    name
+    for name in KINDS
+    if name
+    not in {
+        "published",
+        "complex_learned",
+        "smooth_qk_norm",
+        "eulerformer_planes_ntk",
+        "amplitude_linear",
+        "rope_learned_yarn",
+        "alibi",
+    }
+]
+
 VOCAB_SIZE, DIM, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 30, 16, 4, 2, 8
 # The second document of the first row stands first in the second row.
 SEGMENTS = jnp.asarray([[1] * 4 + [2] * 5, [1] * 5 + [2] * 4])

@@ -1,14 +1,19 @@
 """Eight CPU devices for every test, and float64 references to compare with."""
 
+import gc
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+MAPS = Path("/proc/self/maps")
 
 # Another platform is for tests/gpu. So many devices, so that one process can hold any small mesh.
 jax.config.update("jax_platforms", os.environ.get("VQCX_TEST_PLATFORM", "cpu"))
@@ -19,6 +24,23 @@ if jax.__version_info__ < (0, 11):  # In a third of that time; the newest jax ha
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
+
+
+# What two tests, or two of pytest's processes, compile alike is compiled once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory()  # Until this process ends.
+    os.environ["VQCX_TEST_COMPILED"] = _COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["VQCX_TEST_COMPILED"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """A process that holds the programs of half of all tests gets no more memory maps (65,530)."""
+    yield
+    if MAPS.exists() and len(MAPS.read_text().splitlines()) > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tiny_run import records, tiny_config
+from versions import oldest_jax
 
 from vqcx_jax.config import schema, to_json
 
@@ -252,6 +253,7 @@ def test_perplexity_of_a_run(runs: Runs) -> None:
     assert bits == pytest.approx(nll / math.log(2) / num_bytes, rel=1e-3)
 
 
+@oldest_jax
 def test_perplexity_of_another_text(runs: Runs) -> None:
     text = runs.shell.directory / "home/other.txt"
     text.write_text("the lazy dog")
@@ -262,6 +264,7 @@ def test_perplexity_of_another_text(runs: Runs) -> None:
     assert "(13 tokens)" in end.stdout and "(12 bytes)" in end.stdout
 
 
+@oldest_jax
 def test_perplexity_by_position_in_longer_rows(runs: Runs) -> None:
     end = runs.shell.run(
         "eval.py",
@@ -385,6 +388,7 @@ def test_bad_config(shell: Shell) -> None:
     assert not (shell.directory / "run").exists()
 
 
+@oldest_jax
 def test_config_that_does_not_fit_the_machine_or_the_text(shell: Shell) -> None:
     check_each(shell, TRAIN, BAD_FIT, "cpu")
     assert not (shell.directory / "run").exists()
@@ -407,6 +411,7 @@ def test_every_flag_of_evaluation_is_of_a_task() -> None:
     assert sorted([*of_tasks, "checkpoint", "step", "task"]) == sorted(names)
 
 
+@oldest_jax
 def test_missing_step_and_split(runs: Runs) -> None:
     end = runs.shell.run("eval.py", "--checkpoint=whole", "--step=3", platform="nonesuch")
     check_one_line(end, 2, "step=3: ")
@@ -414,12 +419,14 @@ def test_missing_step_and_split(runs: Runs) -> None:
     check_one_line(end, 2, "split='test'")
 
 
+@oldest_jax
 def test_other_architecture(runs: Runs) -> None:
     end = finish(runs.shell.train("whole", "--config.model.mlp_dim=64"))
     check_one_line(end, 2, "params/blocks/mlp/up: float32(2, 16, 32) in the checkpoint")
     assert len(records(runs.shell.directory / "whole")) == 2 * STEPS
 
 
+@oldest_jax
 def test_divergence(shell: Shell) -> None:
     """A loss that is finite, of a step that makes weights which are not."""
     end = finish(

@@ -63,9 +63,9 @@ MODELS: dict[str, dict[str, Any]] = {
 # Of the mesh test.
 FURTHER_CASES = [
     *(("complex_vq", mesh, "explicit") for mesh in MESHES if mesh != "data2_fsdp2_tensor2"),
-    *(("rope_full", mesh, "explicit") for mesh in MESHES if "sequence" not in mesh),
+    ("rope_full", "data2_fsdp2_tensor2", "explicit"),
+    ("rope_full", "tensor4", "explicit"),
     ("complex_vq", "data8", "auto"),
-    ("rope_full", "fsdp8", "auto"),
     ("rope_full", "tensor4", "auto"),
     ("rope_full", "sequence3", "auto"),
 ]
@@ -161,17 +161,20 @@ def assert_same(actual: Any, expected: Any) -> None:
     [
         ("complex_vq", "data2_fsdp2_tensor2", "explicit"),
         ("rope_full", "fsdp2_tensor2_sequence2", "explicit"),
-        ("rope_full", "sequence3", "explicit"),
         # With Auto axes the same constraints are hints.
-        ("complex_vq", "data2_fsdp2_tensor2", "auto"),
         ("rope_full", "fsdp2_tensor2_sequence2", "auto"),
-        *(pytest.param(*case, marks=oldest_jax) for case in FURTHER_CASES),
-        *((name, "data2_fsdp2_tensor2", "explicit") for name in BASELINES),
         # This one sums over tensor; others run on each device alone, or as the full head does.
-        ("rope_tied_streamed", "data2_fsdp2_tensor2", "auto"),
+        ("rope_tied_streamed", "data2_fsdp2_tensor2", "explicit"),
         *(
-            pytest.param(name, "data2_fsdp2_tensor2", "auto", marks=oldest_jax)
-            for name in BASELINES[1:]
+            pytest.param(*case, marks=oldest_jax)
+            for case in (
+                ("rope_full", "sequence3", "explicit"),
+                ("complex_vq", "data2_fsdp2_tensor2", "auto"),
+                *FURTHER_CASES,
+                *((name, "data2_fsdp2_tensor2", "explicit") for name in BASELINES[1:]),
+                ("rope_tied_streamed", "data2_fsdp2_tensor2", "auto"),
+                ("rope_adaptive", "data2_fsdp2_tensor2", "auto"),
+            )
         ),
     ],
 )
@@ -191,6 +194,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
             assert gradient.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
+@oldest_jax
 def test_other_rules() -> None:
     """Codes sharded, vocabulary and heads whole, weights over two axes."""
     rules = schema.ShardingRules(
@@ -254,10 +258,11 @@ def test_parameters_lie_where_the_rules_say() -> None:
     ("name", "axis_type"),
     [
         ("complex_vq", "explicit"),
-        ("rope_full", "explicit"),
         ("rope_full", "auto"),
-        ("rope_tied_streamed", "explicit"),
-        ("rope_huffman", "explicit"),
+        *(
+            pytest.param(name, "explicit", marks=oldest_jax)
+            for name in ("rope_full", "rope_tied_streamed", "rope_huffman")
+        ),
     ],
 )
 def test_generation_does_not_depend_on_the_mesh(name: str, axis_type: str) -> None:
@@ -278,6 +283,7 @@ def greedy_without_mesh(name: str) -> np.ndarray:
     return generate(*parts, np.asarray([3, 1, 4, 1, 5]), 6, seed=0, temperature=0.0)
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", ["complex_vq", "rope_full"])
 def test_logits_of_a_sharded_batch(name: str, axis_type: str) -> None:
@@ -293,6 +299,7 @@ def test_logits_of_a_sharded_batch(name: str, axis_type: str) -> None:
     assert_same(actual, expected)
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", ["complex_vq", "rope_full", "rope_huffman"])
 def test_log_probs_of_a_sharded_sequence(name: str, axis_type: str) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.evaluation.attention_figure import draw, spaced_distances
 from vqcx_jax.evaluation.attention_stats import AttentionByDistance
+
+pytestmark = oldest_jax
 
 BY_DISTANCE = AttentionByDistance(
     np.linspace(1.0, 0.0, 2 * 4 * 8).reshape(2, 4, 8), np.asarray([8, 7, 6, 5, 4, 0, 0, 0])

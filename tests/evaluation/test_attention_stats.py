@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from attention_kinds import HEAD_DIM, KINDS, NUM_HEADS, NUM_KV_HEADS, VOCAB_SIZE, make_model
+from versions import oldest_jax
 
 from vqcx_jax.evaluation.attention_stats import (
     AttentionByDistance,
@@ -12,6 +13,8 @@ from vqcx_jax.evaluation.attention_stats import (
 )
 from vqcx_jax.nn.transformer import Block
 from vqcx_jax.ops import attention as ops
+
+pytestmark = oldest_jax
 
 # The second row ends in padding.
 BATCH = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_run import random_state, tiny_config
+from versions import oldest_jax
 
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
 from vqcx_jax.errors import UserError
@@ -73,18 +74,21 @@ def test_greedy_is_the_argmax_of_the_whole_sequence_each_time(
     assert continuation(setup, state, seed=1, temperature=0.0) == expected
 
 
+@oldest_jax
 def test_seed_decides_the_text(setup: Setup, state: TrainState) -> None:
     first = continuation(setup, state, seed=0, temperature=1.0)
     assert continuation(setup, state, seed=0, temperature=1.0) == first
     assert continuation(setup, state, seed=1, temperature=1.0) != first
 
 
+@oldest_jax
 def test_one_token_to_choose_from_is_greedy(setup: Setup, state: TrainState) -> None:
     greedy = continuation(setup, state, seed=0, temperature=0.0)
     for options in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 5, "top_p": 1e-6}):
         assert continuation(setup, state, seed=0, temperature=1.0, **options) == greedy
 
 
+@oldest_jax
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}])
 def test_tokens_are_among_the_most_probable(
     setup: Setup, state: TrainState, options: dict[str, Any]
@@ -144,6 +148,7 @@ def raw_text(setup: Setup, state: TrainState, seed: int) -> str:
     return "".join("|" if token == 256 else chr(token) for token in tokens)
 
 
+@oldest_jax
 def test_text_stops_at_the_end_of_the_document(setup: Setup, state: TrainState) -> None:
     assert text(setup, with_bias(state, 256, 1000.0)) == ""
     assert text(setup, with_bias(state, ord("b"), 1000.0)) == "b" * NUM_TOKENS
@@ -160,5 +165,6 @@ def test_ids_that_the_tokenizer_does_not_have_are_left_out(setup: Setup, state: 
     assert text(setup, with_bias(state, 260, 1000.0)) == ""
 
 
+@oldest_jax
 def test_empty_prompt_begins_a_document(setup: Setup, state: TrainState) -> None:
     assert text(setup, with_bias(state, ord("b"), 1000.0), prompt="") == "b" * NUM_TOKENS

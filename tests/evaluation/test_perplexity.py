@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_run import random_state, tiny_config
+from versions import oldest_jax
 
 from vqcx_jax.data import Document, evaluation_dataset
 from vqcx_jax.data.tokenizers.byte import ByteTokenizer
@@ -110,6 +111,7 @@ def test_packed_loss_is_that_of_the_documents_alone(
     assert loss.nll == pytest.approx(expected.sum(), rel=1e-6)
 
 
+@oldest_jax
 def test_loss_by_position(setup: Setup, state: TrainState, documents: list[Document]) -> None:
     # Two rows of padding in the second batch; no document has a position 40.
     loss = evaluate(setup, state, documents, batch_size=5, bounds=(1, 10, 40))
@@ -139,6 +141,7 @@ def test_doubling_bounds() -> None:
     assert doubling_bounds(1, end=1) == []
 
 
+@oldest_jax
 def test_batch_size_does_not_matter(
     setup: Setup, state: TrainState, documents: list[Document]
 ) -> None:
@@ -158,6 +161,7 @@ def test_only_the_first_documents_or_batches(
     assert one_batch.tokens == 4 * SEQ_LEN
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", ["auto", "explicit"])
 @pytest.mark.parametrize("second_axis", ["tensor", "sequence"])
 def test_mesh_does_not_matter(

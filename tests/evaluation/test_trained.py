@@ -5,10 +5,13 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import save_checkpoint, tiny_config, write_documents
+from versions import oldest_jax
 
 from vqcx_jax.errors import CheckpointError, ConfigError, DataError
 from vqcx_jax.evaluation import TrainedModel
 from vqcx_jax.training.state import TrainState
+
+pytestmark = oldest_jax
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def h() -> jax.Array:
     return jax.random.normal(jax.random.key(0), (4, 6, D))
 
 
+@oldest_jax
 @pytest.mark.parametrize(("token_bias", "token_scale"), [(True, True), (False, False)])
 def test_nll_and_top_k_are_those_of_the_logits(
     token_bias: bool, token_scale: bool, h: jax.Array
@@ -58,6 +59,7 @@ def test_nll_and_top_k_are_those_of_the_logits(
     chex.assert_trees_all_close(log_probs, jax.lax.top_k(z, 5)[0], rtol=1e-5, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("token_scale", [True, False])
 def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
     """Those of which the logits of the first level are made, for every token."""
@@ -70,6 +72,7 @@ def test_tied_embedding_is_the_vectors(token_scale: bool) -> None:
     chex.assert_trees_all_close(embedded.reshape(V, D), expected, rtol=1e-6, atol=1e-6)
 
 
+@oldest_jax
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=oldest_jax)])
 @pytest.mark.parametrize(
     "options",
@@ -132,6 +135,7 @@ def test_losses_and_gradients_on_a_mesh(
     chex.assert_trees_all_close(jax.device_get(actual), expected, rtol=1e-5, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 def test_top_k_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     """Each device looks into as many classes as its own positions need."""

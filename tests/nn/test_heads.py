@@ -28,6 +28,7 @@ from head_kinds import (
     with_cap,
 )
 from jax.experimental import checkify
+from versions import oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.nn import (
@@ -92,6 +93,7 @@ def test_logits_are_the_formula(kind: str, h: jax.Array) -> None:
     chex.assert_trees_all_close(head.logits(h), expected, rtol=0, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", CAPPED)
 def test_soft_cap_is_on_the_product_and_not_on_the_bias(kind: str, h: jax.Array) -> None:
     head: Any = make_head(kind, token_bias=True)
@@ -102,6 +104,7 @@ def test_soft_cap_is_on_the_product_and_not_on_the_bias(kind: str, h: jax.Array)
     chex.assert_trees_all_close(head.logits(h), expected, rtol=0, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("token_bias", [True, False])
 @pytest.mark.parametrize(("kind", "cap"), KINDS_AND_CAPS)
@@ -190,6 +193,7 @@ def test_samples(
     assert scipy.stats.chisquare(counts[p > 0], 10_000 * p[p > 0]).pvalue > 1e-4
 
 
+@oldest_jax
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}], ids=str
 )
@@ -203,6 +207,7 @@ def test_temperature_0_is_the_argmax_of_the_logits(
         np.testing.assert_array_equal(tokens, jnp.argmax(head.logits(h), axis=-1))
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampler_is_sample(kind: str, h: jax.Array) -> None:
     head = sampled_head(kind)
@@ -225,6 +230,7 @@ def test_ignored_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
     chex.assert_trees_all_close(d_h[:, :3], expected_h, rtol=1e-5, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("label", [-1, 11])
 @pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_invalid_labels(kind: str, label: int, h: jax.Array, targets: jax.Array) -> None:
@@ -275,6 +281,7 @@ def test_summed_nll(kind: str, h: jax.Array, targets: jax.Array) -> None:
     chex.assert_trees_all_close(d_h, expected_h, rtol=1e-5, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_summed_nll_of_invalid_labels(kind: str, h: jax.Array, targets: jax.Array) -> None:
     """As `nll`: an error at once, NaN under jit, nothing where no token is."""
@@ -293,6 +300,7 @@ def test_summed_nll_of_invalid_labels(kind: str, h: jax.Array, targets: jax.Arra
     chex.assert_trees_all_close(sums, expected_sums, rtol=1e-6)
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_nll_of_summed_nll_has_no_gradient(kind: str, h: jax.Array, targets: jax.Array) -> None:
     head = make_head(kind, token_bias=True)
@@ -300,6 +308,7 @@ def test_nll_of_summed_nll_has_no_gradient(kind: str, h: jax.Array, targets: jax
     assert not np.any(nll(h))
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_nan_hidden_states_are_nan_losses(kind: str, h: jax.Array, targets: jax.Array) -> None:
     head, h = make_head(kind, True), h.at[1, 2, 0].set(jnp.nan)
@@ -363,6 +372,7 @@ def test_codes_to_start_from() -> None:
     chex.assert_trees_all_equal(head.codes[...], codes)
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     head = make_head(kind, True)
@@ -375,6 +385,7 @@ def test_log_probs_of_listed_tokens(kind: str, h: jax.Array) -> None:
     assert head.log_probs(h, tokens[..., :0]).shape == (*h.shape[:2], 0)
 
 
+@oldest_jax
 @pytest.mark.parametrize(
     ("dtype", "label"), [(np.uint8, 156), (np.int8, 120), (np.uint16, 5000), (np.int16, 5000)]
 )
@@ -456,6 +467,7 @@ def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
         make(rngs=nnx.Rngs(0))
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_is_some_token_when_greedy(kind: str, h: jax.Array) -> None:
     """And not one that the vocabulary lacks."""
@@ -465,6 +477,7 @@ def test_nan_is_some_token_when_greedy(kind: str, h: jax.Array) -> None:
     chex.assert_trees_all_equal(tokens[1:], head.top_k(h[1:], 1)[1][..., 0])
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", WITH_EVERY_JAX)
 def test_a_nucleus_of_no_mass_under_jit(kind: str, h: jax.Array) -> None:
     """Where top_p is not known it can be below what is accepted, and the best token is left."""
@@ -511,6 +524,7 @@ def test_masks_and_options_of_another_kind(h: jax.Array, targets: jax.Array) -> 
             head.log_probs(h[0], targets[0][:, None])
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS_AND_SEVERAL)
 def test_no_positions(kind: str, h: jax.Array, targets: jax.Array) -> None:
     nll, log_z = new_head(kind).nll(h[:0], targets[:0])
@@ -530,6 +544,7 @@ def test_own_tokens_are_a_list_of_integers(own_tokens: np.ndarray, message: str)
         MultiVQHead(codes_of(11, 2), 5, 8, own_tokens=own_tokens, rngs=nnx.Rngs(0))
 
 
+@oldest_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_have_the_dtype_of_weights(kind: str, h: jax.Array, targets: jax.Array) -> None:
     head = new_head(kind)

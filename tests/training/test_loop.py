@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import FinishedRun, records, scalars, tiny_optimizer
+from versions import oldest_jax
 
 from vqcx_jax import checkpoint
 from vqcx_jax.errors import NonFiniteLossError
@@ -101,6 +102,7 @@ def poison(run: loop._Run, train_step: Callable[..., Any], step: int) -> None:
     run.train_step = poisoned
 
 
+@oldest_jax
 @pytest.mark.parametrize(("step", "last"), [(2, "there is none"), (6, "checkpoints/4")])
 def test_nonfinite_loss(one_device: FinishedRun, tmp_path: Path, step: int, last: str) -> None:
     config = dataclasses.replace(

@@ -8,19 +8,27 @@ import numpy as np
 import pytest
 from attention_kinds import (
     HEAD_DIM,
-    KINDS,
     NUM_KV_HEADS,
     POSITIONS,
     SEGMENTS,
     VOCAB_SIZE,
+    WHOLE_MODELS,
     extend,
     hidden,
     make_model,
 )
+from versions import oldest_jax
 
 from vqcx_jax.nn import KVCache
 
-ALL = pytest.mark.parametrize("name", KINDS)
+WITH_EVERY_JAX = ("complex", "harmonic2", "alibi_window")
+ALL = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in WITH_EVERY_JAX else pytest.param(name, marks=oldest_jax)
+        for name in WHOLE_MODELS
+    ],
+)
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(VOCAB_SIZE, size=(2, 9)), jnp.int32)
 ONE_DOCUMENT = jnp.ones_like(TOKENS), jnp.zeros_like(TOKENS) + jnp.arange(9)
 KEY_WIDTHS = {
@@ -54,6 +62,7 @@ def test_prefill_and_decode_equal_hidden(name: str) -> None:
     np.testing.assert_array_equal(cache.k[:, :, 9:], 100.0)
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", ["complex", "harmonic3_per_head"])
 def test_bfloat16_cache(name: str) -> None:
     model = make_model(name, dtype="bfloat16")

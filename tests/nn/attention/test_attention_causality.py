@@ -14,6 +14,7 @@ from attention_kinds import (
     KINDS,
     POSITIONS,
     SEGMENTS,
+    WHOLE_MODELS,
     make_layer,
     make_model,
     with_random_parameters,
@@ -65,7 +66,7 @@ def visible(name: str, segment_ids: jax.Array, *, causal: bool = True) -> np.nda
     return mask & np.asarray(segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_whole_model(name: str) -> None:
     model = make_model(name)
     for segment_ids, positions in ((SEGMENTS, POSITIONS), ONE_DOCUMENT):

@@ -19,6 +19,7 @@ from attention_kinds import (
     with_random_parameters,
 )
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import UserError
@@ -61,6 +62,7 @@ def literal(name: str, causal: bool) -> Any:
 BOTH_SIDES = ["complex_window_soft_cap", "alibi_window"]
 
 
+@oldest_jax
 @pytest.mark.parametrize(
     ("name", "causal"), [*((name, True) for name in KINDS), *((name, False) for name in BOTH_SIDES)]
 )
@@ -74,6 +76,7 @@ def test_values_and_gradients(name: str, causal: bool, in_float64: Any, max_erro
         assert error <= 1e-5, path
 
 
+@oldest_jax
 @ALL
 def test_weights(name: str, in_float64: Any, max_error: Any) -> None:
     layer = layer_of(name)
@@ -86,6 +89,7 @@ def test_weights(name: str, in_float64: Any, max_error: Any) -> None:
     assert max_error(weights, expected) <= 1e-5
 
 
+@oldest_jax
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, jnp.float32) for name in KINDS), *((name, jnp.bfloat16) for name in NARROW)],
@@ -96,6 +100,7 @@ def test_gradients_of_zeros_are_finite(name: str, dtype: Any) -> None:
     chex.assert_tree_all_finite(output_and_gradients(graphdef, params, zeros))
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", NARROW)
 def test_bfloat16_is_near_float32(name: str, max_error: Any) -> None:
     x = jnp.asarray(INPUTS, jnp.bfloat16)

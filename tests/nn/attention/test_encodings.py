@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from attention_kinds import INPUTS, KINDS, literal_scores, make_layer, with_random_parameters
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Attention, functional
@@ -43,6 +44,7 @@ def dot_products(encoding: Encoding, q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("bthd,bshd->bhts", q, k) * encoding.scale
 
 
+@oldest_jax
 @pytest.mark.parametrize(("name", "sizes"), [*zip(KINDS, cycle(SIZES), strict=False)])
 def test_scores_are_the_definition(
     name: str, sizes: tuple[int, int, int, int], in_float64: Any, max_error: Any

@@ -81,9 +81,16 @@ def test_wrong_classes(class_of: list[int], options: dict[str, int], message: st
         classes.arrange(np.asarray(class_of), 3, **options)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize(
+    ("scale", "bias", "dtype"),
+    [
+        (True, True, jnp.float32),
+        (True, True, jnp.bfloat16),
+        (False, True, jnp.float32),
+        (True, False, jnp.bfloat16),
+        (False, False, jnp.float32),
+    ],
+)
 def test_equals_the_definition(
     scale: bool, bias: bool, dtype: Any, in_float64: Any, max_error: Any, assert_as_good_as: Any
 ) -> None:

@@ -205,10 +205,14 @@ def summed_reference(
     return total + z_loss * jnp.sum(log_z**2, where=counts), total
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "token_block"),
-    [("smallest", 3), ("ragged", 4), ("ragged_no_bias", 1), ("empty_codes", 4), ("large_bias", 6)],
+    ("name", "token_block", "dtype"),
+    [
+        ("smallest", 3, jnp.float32),
+        ("ragged", 4, jnp.float32),
+        ("ragged_no_bias", 1, jnp.float32),
+        ("empty_codes", 4, jnp.bfloat16),
+    ],
 )
 def test_sums_in_blocks_of_positions(
     name: str, token_block: int, dtype: Any, in_float64: Any, assert_as_good_as: Any
