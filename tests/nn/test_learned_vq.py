@@ -18,6 +18,8 @@ from vqcx_jax.nn import functional
 from vqcx_jax.nn.heads import LearnedVQHead, MultiVQHead
 from vqcx_jax.ops.codebook import straight_through
 
+pytestmark = oldest_jax
+
 V, D, K, M, C = 24, 8, 5, 4, 3
 
 
@@ -119,7 +121,7 @@ def test_noise_is_new_for_every_step() -> None:
     assert jax.random.bits(keys[0]) != jax.random.bits(keys[1])
 
 
-@pytest.mark.parametrize("axis_type", ["explicit", pytest.param("auto", marks=oldest_jax)])
+@pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 def test_loss_and_gradients_on_a_mesh(axis_type: str, h: jax.Array) -> None:
     """With the noise of one device, though activations are summed in another order."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)

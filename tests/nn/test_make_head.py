@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.errors import DataError, UserError
@@ -128,6 +129,7 @@ def map_of(head: Any) -> TokenMap:
     return make_map(head, vocab_size=V, embed_dim=D, counts=counts, seed=0)
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", CASES)
 def test_built_from_a_map_and_without_one(name: str) -> None:
     config, kind = make_config(CASES[name][0]), CASES[name][1]

@@ -14,7 +14,7 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
-from versions import newest_jax
+from versions import newest_jax, oldest_jax
 
 from vqcx_jax import sharding
 from vqcx_jax.config.schema import ShardingRules
@@ -93,6 +93,7 @@ def test_logits_are_the_formula(name: str, h: jax.Array) -> None:
     chex.assert_trees_all_close(np.float64(head.logits(h)), expected, rtol=0, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", HEADS)
 def test_tied_embedding_is_the_vectors(name: str, targets: jax.Array) -> None:
     head = make_head(name)
@@ -113,6 +114,7 @@ def test_soft_cap_bounds_the_sum_of_codes_and_own_vectors(h: jax.Array) -> None:
     chex.assert_trees_all_close(np.float64(z[..., OWN]), 2 * np.tanh(own / 2), atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", HEADS)
 def test_nll_and_top_k_are_those_of_the_logits(
@@ -180,6 +182,7 @@ def test_summed_nll_of_two_codebooks(
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 @pytest.mark.parametrize(
     "name", ["two additive", "four product, scale, own vectors, cap", "three additive"]
@@ -267,6 +270,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@oldest_jax
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -314,6 +318,7 @@ def test_no_v_logits_for_a_sample(h: jax.Array) -> None:
     assert largest("three additive") >= 1000 * V
 
 
+@oldest_jax
 @pytest.mark.parametrize("axis_type", ["explicit", "auto"])
 @pytest.mark.parametrize("name", ["two additive", "two product, own vectors", "three additive"])
 def test_samples_on_a_mesh(name: str, axis_type: str, h: jax.Array) -> None:

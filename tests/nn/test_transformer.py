@@ -10,6 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from versions import oldest_jax
 
 from vqcx_jax.config import schema
 from vqcx_jax.nn import Param, Transformer, functional
@@ -47,6 +48,7 @@ def influence(model: Transformer, batch: Batch) -> jax.Array:
     return jnp.abs(jacobian_TxBxTxD).sum(axis=-1).swapaxes(0, 1)
 
 
+@oldest_jax
 def test_causal_and_apart(
     make_model: Callable[..., Transformer], batch: Batch, attention: str, head: str
 ) -> None:
@@ -69,6 +71,7 @@ def test_defaults_are_one_document_from_position_zero(
     chex.assert_trees_all_close(hidden(model, batch["inputs"]), explicit, rtol=0, atol=1e-6)
 
 
+@oldest_jax
 def test_rematerialisation_changes_memory_only(
     make_model: Callable[..., Transformer], batch: Batch
 ) -> None:
@@ -135,6 +138,7 @@ def test_bfloat16_activations_and_float32_parameters(
     chex.assert_type([*nll, logits], jnp.float32)
 
 
+@oldest_jax
 def test_bfloat16_is_near_float32(make_model: Callable[..., Transformer], batch: Batch) -> None:
     narrow, wide = (
         hidden(make_model(dtype=dtype), batch["inputs"], batch["segment_ids"], batch["positions"])

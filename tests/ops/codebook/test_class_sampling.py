@@ -15,8 +15,7 @@ from vqcx_jax.errors import UserError
 from vqcx_jax.ops import sampling
 from vqcx_jax.ops.codebook import class_nucleus, class_order, class_sampling, classes
 
-# As users compile it.
-pytestmark = [oldest_jax, pytest.mark.usefixtures("fully_optimized")]
+pytestmark = oldest_jax
 
 FREQUENT = np.asarray(CLASSES.entries[: classes.num_frequent(CLASSES)])
 
