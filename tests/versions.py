@@ -3,13 +3,13 @@
 import jax
 import pytest
 
-# Most cases of kernels, which are interpreted, and some whole runs. What users of the oldest jax
-# meet first (scripts, loop, heads, sharding) is tested with every version.
+# Most cases of kernels, which are interpreted. What users of the oldest jax meet first (scripts,
+# loop, losses and samples of heads, sharding) is tested with every version.
 newest_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="long, and runs with the newest jax alone"
 )
-# Further cases of what has some with every version, and formulas in plain JAX, which heads and
-# layers are tested with in every version: the oldest compiles them in a third of the time.
+# Further cases of what has some with every version, and what is plain JAX: the oldest compiles it
+# in a third of the time.
 oldest_jax = pytest.mark.skipif(
     jax.__version_info__ >= (0, 11), reason="long, and runs with the oldest jax alone"
 )

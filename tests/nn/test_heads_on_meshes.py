@@ -30,10 +30,17 @@ def samples(head: Head, h: jax.Array) -> Any:
 @pytest.mark.parametrize(
     ("kind", "axis_type"),
     [
-        ("class_vq", "explicit"),
         *(
             pytest.param(kind, "explicit", marks=oldest_jax)
-            for kind in ("vq", "full", "streamed", "adaptive", "huffman", "own_and_product")
+            for kind in (
+                "class_vq",
+                "vq",
+                "full",
+                "streamed",
+                "adaptive",
+                "huffman",
+                "own_and_product",
+            )
         ),
         ("vq", "auto"),
         pytest.param("full", "auto", marks=oldest_jax),

@@ -81,7 +81,6 @@ def laid_out(
         ("complex_learned", "all", "explicit"),
         ("complex_learned", "all", "auto"),
         ("harmonic3_per_head", "all", "explicit"),
-        ("eulerformer", "all", "explicit"),
         ("alibi_window", "all", "explicit"),
         ("alibi_window", "sequence2", "auto"),
         ("pope", "tensor2", "explicit"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from versions import newest_jax
+from versions import newest_jax, oldest_jax
 
 from vqcx_jax.errors import UserError
 from vqcx_jax.ops import dispatch
@@ -58,6 +58,7 @@ def check(actual: Any, z: jax.Array, k: int, *, exact: bool) -> None:
     assert tokens.dtype == jnp.int32 and listed.dtype == log_z.dtype == jnp.float32
 
 
+@oldest_jax
 @pytest.mark.parametrize("whole_numbers", [True, False])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,6 +71,7 @@ def test_those_of_the_v_logits(shape: str, name: str, whole_numbers: bool) -> No
         check(actual, z, k, exact=whole_numbers)
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_all_equal(name: str) -> None:
     """As in a model that has not been trained: the lowest ids."""
@@ -80,6 +82,7 @@ def test_all_equal(name: str) -> None:
     np.testing.assert_array_equal(tokens, np.broadcast_to(np.arange(130), tokens.shape))
 
 
+@oldest_jax
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_impossible_tokens_come_last(name: str) -> None:
     inputs = make("ragged", whole_numbers=True)
@@ -88,6 +91,7 @@ def test_impossible_tokens_come_last(name: str) -> None:
     check(IMPLEMENTATIONS[name](**inputs, k=6), z, 6, exact=True)
 
 
+@oldest_jax
 def test_nan_stays_at_its_position() -> None:
     inputs = make("ragged", whole_numbers=True)
     first, *rest = inputs["code_logits"]
