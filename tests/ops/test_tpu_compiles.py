@@ -25,7 +25,6 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "
 CHIPS_AND_DTYPES = [
     pytest.param("v5p", "bfloat16", marks=oldest_jax),
     pytest.param("v6e", "float32", marks=newest_jax),
-    pytest.param("tpu7x", "bfloat16", marks=newest_jax),
 ]
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 

@@ -57,8 +57,6 @@ def test_handlers_are_put_back(number: int, outside: list[int]) -> None:
 CONFIG = """
 from vqcx_jax.config import from_json
 
-pytestmark = oldest_jax
-
 def get_config():
     return from_json({fields!r})
 """
