@@ -21,12 +21,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiles in half the time. What is tested as users compile it says so: `fully_optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11):
-    # In a third of that time; the newest jax does not have the first one, nor gains by the others.
+    # In a third of that time; the newest jax does not have the first one, nor gains by the second.
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_cpu_use_fusion_emitters=false"
         + " --xla_cpu_parallel_codegen_split_count=1"
-        + " --xla_llvm_disable_expensive_passes=true"
     )
 
 
