@@ -382,6 +382,7 @@ def test_largest_tiles_of_attention() -> None:
             k,
             v,
             frequencies=jnp.ones(planes),
+            delta=None,
             bias=bias,
             positions=positions,
             segment_ids=None,
