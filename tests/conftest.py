@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-MAPS = Path("/proc/self/maps")
-
 # Another platform is for tests/gpu. So many devices, so that one process can hold any small mesh.
 jax.config.update("jax_platforms", os.environ.get("VQCX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
@@ -41,7 +39,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 def _few_programs() -> Iterator[None]:
     """A process that holds the programs of half of all tests gets no more memory maps (65,530)."""
     yield
-    if MAPS.exists() and len(MAPS.read_text().splitlines()) > 30_000:
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
         jax.clear_caches()
         gc.collect()
 

@@ -478,7 +478,7 @@ def test_nan_is_some_token_when_greedy(kind: str, h: jax.Array) -> None:
 
 
 @oldest_jax
-@pytest.mark.parametrize("kind", WITH_EVERY_JAX)
+@pytest.mark.parametrize("kind", ["vq", "class_vq", "full"])
 def test_a_nucleus_of_no_mass_under_jit(kind: str, h: jax.Array) -> None:
     """Where top_p is not known it can be below what is accepted, and the best token is left."""
     head = make_head(kind, True)

@@ -22,10 +22,20 @@ from vqcx_jax.ops.codebook import classes, scatter, streaming
 pytestmark = pytest.mark.usefixtures("fully_optimized")  # As users compile it.
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-CHIPS_AND_DTYPES = [
-    pytest.param("v5p", "bfloat16", marks=oldest_jax),
-    pytest.param("v6e", "float32", marks=newest_jax),
-]
+
+
+def chips_and_dtypes(further_chip: str) -> Any:
+    """Two chips for every kernel, and a third one: between them they see all four."""
+    return pytest.mark.parametrize(
+        ("chip", "dtype"),
+        [
+            pytest.param("v5p", "bfloat16", marks=oldest_jax),
+            pytest.param("v6e", "float32", marks=newest_jax),
+            pytest.param(further_chip, "bfloat16", marks=newest_jax),
+        ],
+    )
+
+
 N, V, M, K = 2000, 5003, 3, 40  # No multiple of anything.
 
 
@@ -87,7 +97,7 @@ def abstract(shape: tuple[int, ...], dtype: str, spec: Any = None) -> jax.ShapeD
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
+@chips_and_dtypes("v5e")
 def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
     """Forward and backward; in float32 on four chips, each with its share of the positions."""
     num_chips = 4 if dtype == "float32" else 1
@@ -111,7 +121,7 @@ def test_codebook_kernels(chip: str, operation: str, dtype: str) -> None:
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * V / num_chips / 4
 
 
-@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
+@chips_and_dtypes("tpu7x")
 def test_one_codebook(chip: str, dtype: str) -> None:
     """The summed loss with a cap; in float32 on four chips. Never N K numbers."""
     num_chips, num_codes, dim = 4 if dtype == "float32" else 1, 1290, 256
@@ -141,7 +151,7 @@ def test_one_codebook(chip: str, dtype: str) -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < of_logits
 
 
-@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
+@chips_and_dtypes("v5e")
 def test_two_codebooks(chip: str, dtype: str) -> None:
     """The summed loss with a cap; in float32 product codes, on four chips."""
     num_chips, form = (4, "product") if dtype == "float32" else (1, "additive")
@@ -170,7 +180,7 @@ def test_two_codebooks(chip: str, dtype: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
+@chips_and_dtypes("tpu7x")
 def test_classes(chip: str, dtype: str) -> None:
     """The loss of product codes in classes; never N R M numbers, R the members of a class."""
     num_codebooks, num_codes, dim, num_classes, num_ranks = 4, 40, 64, 50, 130

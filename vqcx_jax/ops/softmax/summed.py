@@ -165,10 +165,10 @@ def _forward(
         targets_N = targets_N - jax.lax.axis_index(options.vocab_axes) * len(weights_VxD)
 
     def add_positions(
-        carry: tuple[_Rows, jax.Array], position: tuple[jax.Array, tuple[jax.Array, ...]]
+        carry: tuple[_Rows, jax.Array], start_and_block: tuple[jax.Array, tuple[jax.Array, ...]]
     ) -> tuple[tuple[_Rows, jax.Array], tuple[jax.Array, jax.Array]]:
         d_rows, d_h_NxD = carry
-        start, block = position
+        start, block = start_and_block
         h_PxD, targets_P, counts_P = block
         scores, products_VxP = _scores_and_products(options, rows, h_PxD, targets_P)
         scores = scores.over(options.vocab_axes)
